@@ -1,0 +1,175 @@
+"""The U-Net eps_theta(x_t, t) of DDPM (arXiv 2006.11239, appendix B): what the noise in x_t was.
+
+    model = UNet(Config())
+    pred_noise = model(x_t, t)      # x_t [B, C, H, W] float, t [B] int64 -> [B, C, H, W] float32
+
+Shapes are written in a column as [B, width, height and width]; S is image_size, dim the base width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import Config
+
+
+class UNet(nn.Module):
+    """Down through the levels, each half the size of the one before, and up again with skip connections."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        dim = config.dim
+        widths = [dim * mult for mult in config.dim_mults]
+        # One number for the whole network: every width is a multiple of dim.
+        groups = max(n for n in range(1, 33) if dim % n == 0)
+
+        def res_block(in_width: int, out_width: int, attention: bool) -> ResBlock:
+            return ResBlock(in_width, out_width, 4 * dim, groups, config.dropout, attention)
+
+        self.time_embedding = TimeEmbedding(dim)
+        self.conv_in = nn.Conv2d(config.channels, dim, 3, padding=1)
+
+        size, width = config.image_size, dim
+        skips = [dim]  # widths of what the way down leaves for the way up
+        self.down = nn.ModuleList()
+        for level, out_width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                self.down.append(res_block(width, out_width, size in config.attn_resolutions))
+                width = out_width
+                skips.append(width)
+            if level < len(widths) - 1:
+                self.down.append(Downsample(width))
+                size //= 2
+                skips.append(width)
+
+        self.middle = nn.ModuleList([res_block(width, width, True), res_block(width, width, False)])
+
+        self.up = nn.ModuleList()
+        for level, out_width in reversed(list(enumerate(widths))):
+            for _ in range(config.num_res_blocks + 1):
+                self.up.append(res_block(width + skips.pop(), out_width, size in config.attn_resolutions))
+                width = out_width
+            if level > 0:
+                self.up.append(Upsample(width))
+                size *= 2
+
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, config.channels, 3, padding=1)
+        self.initialise()
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        emb = self.time_embedding(t)                     # [B, 4 dim]
+        h = self.conv_in(x_t)                            # [B, dim, S]
+        skips = [h]
+        for block in self.down:
+            h = block(h, emb)                            # [B, dim * dim_mults[i], S / 2^i]
+            skips.append(h)
+        for block in self.middle:
+            h = block(h, emb)
+        for block in self.up:
+            if isinstance(block, ResBlock):
+                h = torch.cat([h, skips.pop()], dim=1)   # [B, both widths, S / 2^i]
+            h = block(h, emb)
+        # The output is fp32 whatever the precision: at t near T, x_0 magnifies its rounding 157 times.
+        with torch.autocast(h.device.type, enabled=False):
+            return self.conv_out(F.silu(self.norm_out(h.float())))
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Xavier-uniform weights and zero biases; what ends a branch starts at zero, so that the first loss is 1."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.weight)
+            elif isinstance(module, Attention):
+                for weight in module.qkv.weight.chunk(3):  # three layers in one, each with a fan of its own
+                    nn.init.xavier_uniform_(weight)
+                nn.init.zeros_(module.proj.weight)
+        nn.init.zeros_(self.conv_out.weight)
+
+
+class TimeEmbedding(nn.Module):
+    """t [B] -> a vector [B, 4 dim], by way of sinusoids; in fp32, since bf16 cannot tell t = 997 from 998."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.linear1 = nn.Linear(dim, 4 * dim)
+        self.linear2 = nn.Linear(4 * dim, 4 * dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        with torch.autocast(t.device.type, enabled=False):
+            return self.linear2(F.silu(self.linear1(sinusoid(t, self.dim))))
+
+
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """sin and cos of t [B] at dim / 2 frequencies falling from 1 to 1/10000 -> [B, dim] float32."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1))
+    angles = t.float()[:, None] * frequencies            # [B, dim / 2]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """h [B, in_width, S, S], emb [B, emb_width] -> [B, out_width, S, S]; with self-attention after it where asked."""
+
+    def __init__(self, in_width: int, out_width: int, emb_width: int, groups: int, dropout: float,
+                 attention: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_width, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
+        self.emb_proj = nn.Linear(emb_width, out_width)
+        self.norm2 = nn.GroupNorm(groups, out_width, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else nn.Identity()
+        self.attention = Attention(out_width, groups) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))            # [B, out_width, S]
+        h = h + self.emb_proj(F.silu(emb))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.attention(self.shortcut(x) + h)
+
+
+class Attention(nn.Module):
+    """Every pixel looks at every other: one head of the full width over the H * W pixels of x [B, width, H, W]."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)                # [B, H W, width]
+        q, k, v = self.qkv(tokens)[:, None].chunk(3, dim=-1)            # [B, 1, H W, width] each
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]               # [B, H W, width]
+        return x + self.proj(h).transpose(1, 2).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """[B, width, S, S] -> [B, width, S / 2, S / 2].  Padding on the right and below only, as in the paper's code."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """[B, width, S, S] -> [B, width, 2 S, 2 S]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
