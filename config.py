@@ -81,8 +81,8 @@ class Config:
              f"{shrink}, for example {max(1, round(self.image_size / shrink)) * shrink}"),
             ("dropout", self.dropout < 1, "it must be below 1, for example 0.1"),
             ("beta_start", 0 < self.beta_start <= self.beta_end, "0 < beta_start <= beta_end, for example 0.0001"),
-            ("beta_end", not linear or last_beta < 1, f"with timesteps={self.timesteps} it is scaled to {last_beta:.3g}, "
-             f"and must be below 1: use --timesteps {int(self.beta_end * 1000) + 1} or more, or --beta_schedule cosine"),
+            ("beta_end", not linear or last_beta < 1, f"with timesteps={self.timesteps} it becomes {last_beta:.3g}, "
+             f"not below 1: use --timesteps {int(self.beta_end * 1000) + 1} or more, or --beta_schedule cosine"),
             ("learning_rate", self.learning_rate > 0, "it must be above 0, for example 0.0002"),
             ("ema_decay", self.ema_decay < 1, "it must be below 1, for example 0.9999"),
             ("grad_accum", self.batch_size % self.grad_accum == 0, f"it must divide batch_size={self.batch_size}"),

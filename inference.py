@@ -1,8 +1,8 @@
 """Sample from a checkpoint: Algorithm 2 of arXiv 2006.11239, or DDIM in fewer steps.
 
-    python inference.py --checkpoint ./checkpoints/final_model.pth --num_samples 16
-    python inference.py --run_dir runs/demo              the newest checkpoint of a run
-    python inference.py --steps 50                       DDIM: 50 network evaluations an image
+    python inference.py --checkpoint checkpoints/final_model.pth --num_samples 16
+    python inference.py --run_dir runs/demo    the newest checkpoint of a run
+    python inference.py --steps 50             DDIM: 50 network evaluations an image
 """
 
 import argparse
@@ -48,7 +48,7 @@ MODES = {"sample": sample}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = CommandLine(__doc__, "python inference.py [--checkpoint FILE] [--mode MODE] [--FLAG VALUE ...]")
+    parser = CommandLine(__doc__, "python inference.py [--checkpoint FILE] [--mode MODE] [--FLAG X ...]")
     add = parser.add_argument
     add("--checkpoint", metavar="FILE", type=Path, help="default: the newest one of --run_dir")
     add("--run_dir", metavar="DIR", type=Path, default=Path("."), help="where checkpoints/ is (default: .)")

@@ -7,6 +7,7 @@ Shapes are written in a column as [B, width, height and width]; S is image_size,
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class UNet(nn.Module):
                 h = torch.cat([h, skips.pop()], dim=1)   # [B, both widths, S / 2^i]
             h = block(h, emb)
         # The output is fp32 whatever the precision: at t near T, x_0 magnifies its rounding 157 times.
-        with torch.autocast(h.device.type, enabled=False):
+        with full_precision(h):
             return self.conv_out(F.silu(self.norm_out(h.float())))
 
     @torch.no_grad()
@@ -103,8 +104,14 @@ class TimeEmbedding(nn.Module):
         self.linear2 = nn.Linear(4 * dim, 4 * dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        with torch.autocast(t.device.type, enabled=False):
+        with full_precision(t):
             return self.linear2(F.silu(self.linear1(sinusoid(t, self.dim))))
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """Autocast off, on the kinds of device that have it."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:

@@ -1,9 +1,9 @@
 """Train a DDPM: Algorithm 1 of arXiv 2006.11239.
 
-    python train.py                                      CIFAR-10, downloaded into ./data
-    python train.py --preset demo                        built-in shapes, minutes on a CPU
+    python train.py                        CIFAR-10, downloaded into ./data
+    python train.py --preset demo          built-in shapes, minutes on a CPU
     python train.py --data path/to/images --image_size 64
-    python train.py --resume                             go on from checkpoints/latest.pth
+    python train.py --resume               go on from checkpoints/latest.pth
     torchrun --nproc_per_node=4 train.py --preset paper --resume
 """
 
@@ -286,15 +286,14 @@ class RunFiles:
         """Drop the rows after step, and half a row at the end: a resumed run writes them again."""
         if not self.metrics.exists():
             return
-        with open(self.metrics, "r+") as file:
-            good = ""
-            for line in file:
-                number = line.split(",")[0]
-                if not line.endswith("\n") or (number.isdigit() and int(number) > step):
-                    break
-                good += line
-            file.truncate(len(good))
-            self.rows_end = len(good)
+        text = self.metrics.read_text()
+        for line in text.splitlines(keepends=True):
+            number = line.split(",")[0]
+            if not line.endswith("\n") or (number.isdigit() and int(number) > step):
+                break
+            self.rows_end += len(line)
+        if self.rows_end < len(text):
+            os.truncate(self.metrics, self.rows_end)
 
 
 def open_tensorboard(run_dir: Path, step: int) -> Any:
@@ -371,7 +370,7 @@ def resumed_config(given: dict[str, Any], run_dir: str, saved: Config) -> Config
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = CommandLine(__doc__, "python train.py [--preset NAME] [--resume] [--tensorboard] [--SETTING VALUE ...]")
+    parser = CommandLine(__doc__, "python train.py [--preset NAME] [--resume] [--SETTING VALUE ...]")
     parser.add_argument("--resume", action="store_true", help="go on from latest.pth, or start where there is none")
     parser.add_argument("--tensorboard", action="store_true", help="write the metrics to run_dir/tensorboard too")
     parser.add_settings()

@@ -1,4 +1,8 @@
+import contextlib
+import importlib
+import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +13,15 @@ from torch import Tensor, nn
 
 from config import Config
 from ddpm import DDPM
+from device import run
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(data="shapes", image_size=8, dim=8, dim_mults=(1, 2), num_res_blocks=1, attn_resolutions=(4,), timesteps=30,
             batch_size=4, warmup_steps=0, num_samples=3, sample_steps=3, device="cpu", precision="fp32")
 
-# The scripts' tests start dozens of processes; two threads each would fight over the cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread, here and in the processes started from here: another number rounds differently.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def tiny(**changes) -> Config:
@@ -34,9 +40,26 @@ def flags(**settings) -> list[str]:
 
 
 def script(name: str, *arguments: str, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:
-    """The real script in a process of its own."""
+    """The real script in a process of its own, which takes seconds to start."""
     return subprocess.run([sys.executable, str(ROOT / name), *arguments], capture_output=True, text=True,
                           timeout=timeout, **kwargs)
+
+
+def called(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """The same by way of the script's main(), in this process: for tests of one setting or one mistake among many."""
+    main = importlib.import_module(name.removesuffix(".py")).main
+    out, err = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(cwd):
+            run(lambda: main(list(arguments)))
+    except SystemExit as exit:
+        status = exit.code if isinstance(exit.code, int) else 1
+        err.write("" if isinstance(exit.code, int) else f"{exit.code}\n")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess([name, *arguments], status, out.getvalue(), err.getvalue())
 
 
 def refused(result: subprocess.CompletedProcess, status: int, *words: str) -> None:

