@@ -42,10 +42,12 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 
 def load_network(path: Path, device: torch.device, weights: str = "ema") -> tuple[UNet, Config, int]:
-    """The network of a checkpoint, ready to sample, with its config and its training steps."""
+    """The network of a checkpoint, with its config and its training steps.  weights: ema, or model (the raw ones)."""
     state = load_checkpoint(path, device)
     config = read_config(state, path)
-    model = UNet(config).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    if weights not in state:
+        raise UserError(f"{path} holds no raw weights, only the averaged ones: latest.pth has both")
+    model = UNet(config).to(device, memory_format=torch.channels_last).eval()
     load_weights(model, state[weights], path)
     return model, config, state["step"]
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +28,9 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from config import Config, UserError, derive_seed
+
+# Lively on a terminal, sparing in a log file.
+progress_bar = partial(tqdm, mininterval=0.5 if sys.stderr.isatty() else 30)
 
 DOWNLOADS = {  # name: (torchvision's class, where the archive goes by hand)
     "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
@@ -145,7 +148,7 @@ def decode_folder(paths: list[Path], cache: Path, size: int, channels: int) -> N
                 file, {"descr": "|u1", "fortran_order": False, "shape": (count, channels, size, size)})
 
         write_header()
-        for image in tqdm(pool.map(decode, paths), "decoding images", len(paths), unit="image"):
+        for image in progress_bar(pool.map(decode, paths), "decoding images", len(paths), unit="image"):
             if isinstance(image, str):
                 unreadable.append(image)
             else:

@@ -45,6 +45,7 @@ def select_precision(name: str, device: torch.device, dim: int) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Keeps the 16-bit copies of weights that require a gradient until it ends: those of others are made each time."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
@@ -54,11 +55,15 @@ def start_processes() -> tuple[int, int]:
     if "RANK" not in os.environ:
         return 0, 1
     # Long, since the first process may download and decode the data while the others wait.
-    dist.init_process_group(timeout=timedelta(hours=2))
-    return dist.get_rank(), dist.get_world_size()
+    patience = timedelta(hours=2)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
+    # torchrun's restarts share one store: without a prefix they would find the addresses of the dead in it.
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=patience)
+    return rank, world_size
 
 
-def wants_compile(setting: str, device: torch.device, steps: int) -> bool:
+def wants_compile(setting: str, device: torch.device, steps: float) -> bool:
     """Whether to compile the network for so many steps; auto: on a GPU, where that is long enough to pay."""
     torch._dynamo.config.suppress_errors = True  # where compiling fails, the plain network runs
     return setting == "on" or (setting == "auto" and device.type == "cuda" and steps >= 2000)

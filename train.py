@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from checkpoint import load_checkpoint, read_config, save_checkpoint
 from config import CommandLine, Config, UserError, derive_seed
-from data import Batches, load_images, save_grid
+from data import Batches, load_images, progress_bar, save_grid
 from ddpm import DDPM, ImageNoise
 from device import autocast, run, select_device, select_precision, start_processes, wants_compile
 from model import UNet
@@ -51,7 +51,7 @@ def train(config: Config, state: dict[str, Any] | None, rank: int, world_size: i
 
     torch.manual_seed(derive_seed("weights", config.seed))
     model = UNet(config).to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    ema = copy.deepcopy(model).eval()
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     metrics = Metrics(config.timesteps, device)
@@ -84,8 +84,8 @@ def train(config: Config, state: dict[str, Any] | None, rank: int, world_size: i
         files.save(files.latest, {**weights(), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                   "scaler": scaler.state_dict(), "sums": metrics.sums})
 
-    bar = tqdm(total=total_steps * config.batch_size, initial=step * config.batch_size, unit=" images", unit_scale=True,
-               disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
+    bar = progress_bar(total=total_steps * config.batch_size, initial=step * config.batch_size, unit=" images",
+                       unit_scale=True, disable=rank > 0)
     skipped = 0
     while True:
         if files and files.grid_is_due(step):
