@@ -1,4 +1,4 @@
-"""Checkpoints: written aside and renamed, read without running any code of theirs.
+"""Checkpoints: written aside and renamed, read without running any code in them.
 
 latest.pth has the keys config, step, ema, model, optimizer, scaler, sums; a kept checkpoint only config, step, ema.
 """
@@ -12,6 +12,10 @@ import torch
 from config import Config, UserError
 from data import atomic_write
 from model import UNet
+
+
+def latest_path(config: Config) -> Path:
+    return Path(config.run_dir) / "checkpoints" / "latest.pth"
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:

@@ -157,7 +157,7 @@ class CommandLine(argparse.ArgumentParser):
         return {**PRESETS.get(getattr(args, "preset", ""), {}), **flags}
 
 
-USES = ("weights", "step", "epoch", "image", "shapes")
+USES = ("weights", "step", "epoch", "image", "shapes", "timesteps")
 
 
 def derive_seed(use: str, *numbers: int) -> int:

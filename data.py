@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -142,6 +143,7 @@ def decode_folder(paths: list[Path], cache: Path, size: int, channels: int) -> N
 
     unreadable, count = [], 0
     cache.parent.mkdir(parents=True, exist_ok=True)
+    remove_left_overs(cache.parent, seconds=3600)  # a younger one may be another process's, at work on it
     with ThreadPoolExecutor() as pool, atomic_write(cache) as file:
         def write_header() -> None:  # numpy pads it, so that a second one fits over the first
             np.lib.format.write_array_header_1_0(
@@ -210,6 +212,13 @@ def save_grid(images: Tensor, path: Path) -> None:
     grid = make_grid(to_uint8(images.cpu()), nrow=math.ceil(math.sqrt(len(images))), padding=2)
     with atomic_write(path) as file:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, "PNG")
+
+
+def remove_left_overs(folder: Path, seconds: float = 0) -> None:
+    """The temporary files that killed processes left behind, where they are older than that."""
+    for path in folder.glob("*.tmp"):
+        if time.time() - path.stat().st_mtime >= seconds:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torchvision.utils import make_grid
 
 from checkpoint import load_network, newest_checkpoint
 from config import CommandLine, Config, UserError
-from data import atomic_write, progress_bar, save_grid, to_float, to_square, to_uint8
+from data import atomic_write, progress_bar, remove_left_overs, save_grid, to_float, to_square, to_uint8
 from ddpm import DDPM, ImageNoise, spaced_timesteps
 from device import autocast, run, select_device, select_precision, start_processes, wants_compile
 
@@ -72,6 +72,7 @@ def sample(sampler: Sampler, args: argparse.Namespace) -> None:
 def save_images(sampler: Sampler, args: argparse.Namespace, origin: dict, rank: int, world_size: int) -> None:
     """--save_images: the numbered images that are not there yet, each process its share."""
     folder, count = args.save_images, args.num_samples or 16
+    remove_left_overs(folder, seconds=3600)
     record = folder / "sampled_with.json"
     if record.exists() and json.loads(record.read_text()) != origin:
         raise UserError(f"{folder} holds images sampled with {record.read_text()}, not {json.dumps(origin)}: choose "

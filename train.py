@@ -11,10 +11,7 @@ import copy
 import math
 import os
 import signal
-import sys
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,17 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
 
-from checkpoint import load_checkpoint, read_config, save_checkpoint
+from checkpoint import latest_path, load_checkpoint, load_weights, read_config
 from config import CommandLine, Config, UserError, derive_seed
-from data import Batches, load_images, progress_bar, save_grid
-from ddpm import DDPM, ImageNoise
+from data import Batches, load_images, progress_bar
+from ddpm import DDPM
 from device import autocast, run, select_device, select_precision, start_processes, wants_compile
 from model import UNet
+from record import Metrics, RunFiles
 
 # What the weights and the diffusion are made of: a resumed run cannot change it.
 FIXED = ("image_size", "channels", "dim", "dim_mults", "num_res_blocks", "attn_resolutions",
@@ -58,10 +54,11 @@ def train(config: Config, state: dict[str, Any] | None, rank: int, world_size: i
     step = 0
     if state is not None:
         step = state["step"]
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
+        for network, key in ((model, "model"), (ema, "ema")):
+            load_weights(network, state[key], latest_path(config))
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
         if rank == 0:
             metrics.sums.copy_(state["sums"])
 
@@ -90,7 +87,7 @@ def train(config: Config, state: dict[str, Any] | None, rank: int, world_size: i
     while True:
         if files and files.grid_is_due(step):
             metrics.check_finite()
-            files.save_grid(step, ddpm_ema, autocast(device, precision), stop)
+            files.save_grid(step, ddpm_ema, autocast(device, precision), lambda: bool(stop.number))
         if step >= total_steps or (stop.number and files):
             break
 
@@ -127,7 +124,8 @@ def train(config: Config, state: dict[str, Any] | None, rank: int, world_size: i
         metrics.add(step, torch.cat(losses).detach(), t, grad_norm)
         bar.update(config.batch_size)
         if step % config.log_every == 0:
-            row = metrics.row(step, epoch=step * config.batch_size // len(images), config=config)
+            epoch = step * config.batch_size // len(images)
+            row = metrics.row(step, epoch, learning_rate(config, step - 1), config.batch_size)
             if files:
                 files.write_row(row)
         if step % config.log_every == 0 or device.type == "cpu":  # reading the loss of a GPU would wait for it
@@ -161,147 +159,6 @@ def kept_epoch(config: Config, step: int, num_images: int) -> int:
     """The epoch, a multiple of save_every, that ended with this step; 0 where none did."""
     before, now = ((s * config.batch_size // num_images) // (config.save_every or math.inf) for s in (step - 1, step))
     return int(now) * config.save_every if now > before else 0
-
-
-class Metrics:
-    """Sums over the steps since the last row of metrics.csv, kept on the device so that no step waits for them."""
-
-    def __init__(self, timesteps: int, device: torch.device) -> None:
-        self.timesteps = timesteps
-        self.sums = torch.zeros(10, device=device)  # steps, grad_norm, loss in each quarter of t, images in each
-        self.smoothed = torch.zeros((), device=device)
-        self.first_bad = torch.full((), math.inf, device=device)  # the first step that was not finite
-        self.added, self.clock = 0, time.perf_counter()
-
-    def add(self, step: int, losses: Tensor, t: Tensor, grad_norm: Tensor) -> None:
-        """The losses [B] at timesteps t [B] of the step just done."""
-        quarter = t * 4 // self.timesteps
-        self.sums[0] += 1
-        self.sums[1] += grad_norm
-        self.sums[2:6].index_add_(0, quarter, losses)
-        self.sums[6:10].index_add_(0, quarter, torch.ones_like(losses))
-        self.added += 1
-        self.smoothed.lerp_(losses.mean(), max(0.02, 1 / self.added))
-        finite = torch.isfinite(losses.sum() + grad_norm)
-        self.first_bad.copy_(torch.where(finite, self.first_bad, self.first_bad.clamp(max=step)))
-
-    def row(self, step: int, epoch: int, config: Config) -> dict[str, float]:
-        """The next row of metrics.csv, over all processes; starts the sums anew."""
-        if dist.is_initialized():
-            dist.all_reduce(self.sums)
-            dist.all_reduce(self.first_bad, dist.ReduceOp.MIN)
-        self.check_finite()
-        steps, grad_norm, *quarters = self.sums.tolist()
-        losses, counts = quarters[:4], quarters[4:]
-        now = time.perf_counter()
-        images_per_sec = self.added * config.batch_size / (now - self.clock)
-        self.sums.zero_()
-        self.added, self.clock = 0, now
-        return {"step": step, "epoch": epoch, "loss": sum(losses) / sum(counts),
-                **{f"loss_q{i + 1}": losses[i] / counts[i] if counts[i] else math.nan for i in range(4)},
-                "lr": learning_rate(config, step - 1), "grad_norm": grad_norm / steps, "images_per_sec": images_per_sec}
-
-    def check_finite(self) -> None:
-        """Called before anything is written, so that what is on the disk is always good."""
-        if math.isfinite(first_bad := self.first_bad.item()):
-            raise UserError(f"the loss or its gradient is not finite at step {int(first_bad)}: try a lower "
-                            "--learning_rate, --grad_clip 1, or --precision fp32; latest.pth is as it was before")
-
-
-class RunFiles:
-    """What a run writes.  Where the disk refuses, it warns and goes on, and tries again when the file is next due."""
-
-    def __init__(self, config: Config, step: int, tensorboard: bool) -> None:
-        self.config, self.run_dir = config, Path(config.run_dir)
-        self.checkpoints, self.samples = self.run_dir / "checkpoints", self.run_dir / "samples"
-        self.latest, self.final = self.checkpoints / "latest.pth", self.checkpoints / "final_model.pth"
-        self.metrics, self.rows, self.rows_end = self.run_dir / "metrics.csv", "", 0
-        self.unwritten: set[Path] = set()
-        self.last_save = time.monotonic()
-        try:
-            for folder in (self.checkpoints, self.samples):
-                folder.mkdir(parents=True, exist_ok=True)
-                for left_over in folder.glob("*.tmp"):
-                    left_over.unlink()
-            self.cut_metrics(step)
-        except OSError as error:
-            raise UserError(f"run_dir={config.run_dir!r} cannot be written: {error}") from error
-        self.tensorboard = open_tensorboard(self.run_dir, step) if tensorboard else None
-
-    def attempt(self, path: Path, write: Callable[[], None]) -> None:
-        try:
-            write()
-            self.unwritten.discard(path)
-        except OSError as error:
-            self.unwritten.add(path)
-            tqdm.write(f"warning: {path} could not be written ({error}); what was there before is still there",
-                       file=sys.stderr)
-
-    def status(self) -> int:
-        return 1 if self.unwritten else 0
-
-    def latest_is_due(self) -> bool:
-        return time.monotonic() - self.last_save >= 60 * self.config.save_minutes
-
-    def save(self, path: Path, state: dict[str, Any]) -> None:
-        self.attempt(path, lambda: save_checkpoint(state, path))
-        if path == self.latest:
-            self.last_save = time.monotonic()
-
-    def grid_path(self, step: int) -> Path:
-        return self.samples / f"sample_step_{step}.png"
-
-    def grid_is_due(self, step: int) -> bool:
-        """Also after a stop in the middle of drawing it."""
-        every = self.config.sample_every
-        return bool(step and every) and step % every == 0 and not self.grid_path(step).exists()
-
-    def save_grid(self, step: int, ddpm: DDPM, precision: AbstractContextManager, stop: "StopSignal") -> None:
-        """Samples from the same starting noise at every step, with the EMA weights; none where stop comes first."""
-        config, device = self.config, ddpm.betas.device
-        noise = ImageNoise(config.seed, range(config.num_samples),
-                           (config.channels, config.image_size, config.image_size), device)
-        with precision:
-            for _, x, _ in ddpm.sample_loop(noise(), min(config.sample_steps, config.timesteps), noise=noise):
-                if stop.number:
-                    return
-        self.attempt(self.grid_path(step), lambda: save_grid(x, self.grid_path(step)))
-
-    def write_row(self, row: dict[str, float]) -> None:
-        def append() -> None:  # over what a failed attempt may have left behind
-            with open(self.metrics, "r+" if self.metrics.exists() else "w+") as file:
-                file.seek(self.rows_end)
-                file.write(("" if self.rows_end else ",".join(row) + "\n") + self.rows)
-                file.flush()
-                os.fsync(file.fileno())
-                self.rows, self.rows_end = "", file.tell()
-
-        self.rows += ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()) + "\n"
-        self.attempt(self.metrics, append)
-        if self.tensorboard:
-            for name in row.keys() - {"step"}:
-                self.tensorboard.add_scalar(name, row[name], row["step"])
-
-    def cut_metrics(self, step: int) -> None:
-        """Drop the rows after step, and half a row at the end: a resumed run writes them again."""
-        if not self.metrics.exists():
-            return
-        text = self.metrics.read_text()
-        for line in text.splitlines(keepends=True):
-            number = line.split(",")[0]
-            if not line.endswith("\n") or (number.isdigit() and int(number) > step):
-                break
-            self.rows_end += len(line)
-        if self.rows_end < len(text):
-            os.truncate(self.metrics, self.rows_end)
-
-
-def open_tensorboard(run_dir: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard") from error
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
 
 class StopSignal:
@@ -340,9 +197,9 @@ def describe(config: Config, model: UNet, images: np.ndarray, step: int, total_s
             f"writing checkpoints/, samples/ and metrics.csv under {config.run_dir}")
 
 
-def open_run(run_dir: Path, resume: bool) -> dict[str, Any] | None:
+def open_run(config: Config, resume: bool) -> dict[str, Any] | None:
     """The state to go on from.  Raises UserError where starting would write over a run."""
-    latest = run_dir / "checkpoints" / "latest.pth"
+    latest = latest_path(config)
     kept = [*latest.parent.glob("*.pth")]
     if resume and latest.exists():
         state = load_checkpoint(latest)
@@ -351,8 +208,8 @@ def open_run(run_dir: Path, resume: bool) -> dict[str, Any] | None:
         return state
     if kept and resume:
         raise UserError(f"{latest.parent} holds checkpoints but no latest.pth to resume from: choose another --run_dir")
-    if (kept or (run_dir / "metrics.csv").exists()) and not resume:
-        raise UserError(f"{run_dir} already holds a run: go on with --resume, or choose another --run_dir")
+    if (kept or (Path(config.run_dir) / "metrics.csv").exists()) and not resume:
+        raise UserError(f"{config.run_dir} already holds a run: go on with --resume, or choose another --run_dir")
     return None
 
 
@@ -382,13 +239,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
 
     rank, world_size = start_processes()
-    box = [open_run(Path(config.run_dir), args.resume) if rank == 0 else None]
+    box = [open_run(config, args.resume) if rank == 0 else None]
     if world_size > 1:
         dist.broadcast_object_list(box)  # only the first machine need have the file
     state = box[0]
     if state:
-        latest = Path(config.run_dir) / "checkpoints" / "latest.pth"
-        config = resumed_config(given, config.run_dir, read_config(state, latest))
+        config = resumed_config(given, config.run_dir, read_config(state, latest_path(config)))
     if config.batch_size % (world_size * config.grad_accum):
         raise UserError(f"batch_size={config.batch_size} does not divide among {world_size} processes with "
                         f"grad_accum={config.grad_accum}: use a multiple of {world_size * config.grad_accum}")

@@ -1,6 +1,8 @@
 """Images in and out: every source, every kind of picture, the order of the batches."""
 
 import io
+import os
+import time
 
 import numpy as np
 import pytest
@@ -116,6 +118,16 @@ def test_a_truncated_cache_is_made_anew(folder, damage):
     damage(cache)
     assert np.array_equal(load_images(folder_config(folder)), first)
     assert [path.suffix for path in cache.parent.iterdir()] == [".npy"]
+
+
+def test_left_overs_of_a_killed_process_are_removed_once_they_are_old(folder):
+    cache = folder.parent / "data"
+    cache.mkdir()
+    for name, age in (("old.npy.1.tmp", 7200), ("young.npy.2.tmp", 60)):
+        (cache / name).write_bytes(b"half")
+        os.utime(cache / name, (time.time() - age,) * 2)
+    load_images(folder_config(folder))
+    assert [path.name for path in cache.glob("*.tmp")] == ["young.npy.2.tmp"]
 
 
 def test_a_few_damaged_images_are_skipped_and_named(folder, capfd):

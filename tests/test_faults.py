@@ -14,6 +14,9 @@ import torch
 from conftest import ROOT, TINY, called, flags, refused, script
 from PIL import Image
 
+from config import Config
+from record import RunFiles
+
 STEPS = 40
 RUN = {**TINY, "dropout": 0.3, "max_steps": STEPS, "log_every": 3, "sample_every": 10, "save_every": 0, "image_size": 8}
 
@@ -231,10 +234,8 @@ def test_a_full_disk_is_a_warning_and_the_last_good_file_stays(tmp_path):
 
 
 def test_metrics_that_could_not_be_written_are_written_later(tmp_path, monkeypatch):
-    import train as module
-
     run_dir = tmp_path / "run"
-    files = module.RunFiles(module.Config(run_dir=str(run_dir)), 0, False)
+    files = RunFiles(Config(run_dir=str(run_dir)), 0, False)
     broken = open
 
     def full(path, *args, **kwargs):
