@@ -327,7 +327,7 @@ def test_what_exists_is_not_overwritten(folder, tmp_path):
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     refused(called("convert.py", "to_diffusers", "none.pth", "theirs", cwd=tmp_path), 1, "none.pth")
-    refused(called("convert.py", "from_diffusers", "google/ddpm", "model.pth", cwd=tmp_path), 1, "google/ddpm")
+    refused(called("convert.py", "from_diffusers", "org/x", "model.pth", cwd=tmp_path), 1, "org/x is not a folder")
     (tmp_path / "empty").mkdir()
     refused(called("convert.py", "from_diffusers", "empty", "model.pth", cwd=tmp_path), 1, "empty", "UNet2DModel")
     monkeypatch.setitem(sys.modules, "diffusers", None)
