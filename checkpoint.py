@@ -33,7 +33,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: train first, or name another file with --checkpoint") from error
+        raise UserError(f"{path} does not exist: train first, or name another file") from error
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
             raise UserError(f"{path} is refused: it holds a pickle that could run code") from error

@@ -3,9 +3,11 @@
     python convert.py to_diffusers checkpoints/final_model.pth DIR
     python convert.py from_diffusers DIR model.pth
 
-to_diffusers writes the averaged weights; DDPMPipeline.from_pretrained(DIR)(num_inference_steps=T) samples from them.
-from_diffusers takes such a folder, or one downloaded from the Hub (google/ddpm-cifar10-32); inference.py samples from
-model.pth.  What the other side cannot express is refused by name.
+to_diffusers writes the averaged weights, from which
+DDPMPipeline.from_pretrained(DIR)(num_inference_steps=T) samples; from_diffusers
+takes such a folder, or one downloaded from the Hub (google/ddpm-cifar10-32),
+and inference.py samples from model.pth.  What the other side cannot express is
+refused by name.
 """
 
 import inspect

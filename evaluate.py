@@ -1,10 +1,10 @@
-"""How good a checkpoint is: the likelihood of images it was not trained on, or the FID of the images it makes.
+"""How good a checkpoint is: the likelihood of unseen images, or FID.
 
-    python evaluate.py --metric bpd --checkpoint checkpoints/final_model.pth
-    python evaluate.py --metric bpd --num_images 500 --timesteps_per_image 50      an estimate, sooner
-    python evaluate.py --metric fid --run_dir runs/paper                           50,000 samples by Algorithm 2
-    python evaluate.py --metric fid --steps 100                                    ... by DDIM
-    python evaluate.py --metric fid --images DIR     of images that torchrun ... inference.py --save_images DIR made
+    python evaluate.py --metric bpd --checkpoint FILE
+    python evaluate.py --metric bpd --num_images 500 --timesteps_per_image 50
+    python evaluate.py --metric fid --run_dir runs/paper      50,000 samples
+    python evaluate.py --metric fid --steps 100               ... by DDIM
+    python evaluate.py --metric fid --images DIR              ... made before
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Pictures from a checkpoint: Algorithm 2 of arXiv 2006.11239, or DDIM in fewer steps.
+"""Pictures from a checkpoint: Algorithm 2 of arXiv 2006.11239, or DDIM.
 
-    python inference.py --checkpoint checkpoints/final_model.pth --num_samples 16
-    python inference.py --run_dir runs/demo --mode all     of its newest checkpoint
+    python inference.py --checkpoint FILE --num_samples 16
+    python inference.py --run_dir runs/demo --mode all     its newest checkpoint
     python inference.py --steps 50                         DDIM, 50 evaluations
     python inference.py --mode process                     from noise to image
     python inference.py --mode interpolate --seeds 0 1     between two samples
-    python inference.py --mode interpolate --images a.png b.png --t 250 500
-    torchrun --nproc_per_node=4 inference.py --save_images DIR --num_samples 50000
+    python inference.py --mode interpolate --images a.png b.png --t 250
+    torchrun --nproc_per_node=4 inference.py --save_images DIR --num_samples N
 """
 
 import argparse

@@ -3,6 +3,7 @@
 import csv
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, called, flags, refused, script
@@ -78,6 +79,16 @@ def test_inference_takes_the_newest_checkpoint_and_says_which(finished, tmp_path
     assert (tmp_path / "deep/er/samples.png").exists()
 
 
+def test_raw_weights_differ_from_the_averaged_ones(finished, tmp_path):
+    pictures = []
+    for weights in ("raw", "ema"):
+        result = called("inference.py", "--checkpoint", str(finished[0] / "checkpoints/latest.pth"),
+                        "--weights", weights, "--num_samples", "2", "--npz", f"{weights}.npz", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        pictures.append(np.load(tmp_path / f"{weights}.npz")["arr_0"])
+    assert not np.array_equal(*pictures)
+
+
 def test_the_samples_of_a_run_come_from_its_ema_weights_and_one_noise(finished, tmp_path):
     """inference.py draws the last grid again: same seed, same steps."""
     run_dir, _ = finished
@@ -125,7 +136,7 @@ def test_grad_accum_is_the_same_step_to_rounding(tmp_path):
 
 def test_help_shows_every_setting_in_80_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    for name in ("inference.py", "train.py"):
+    for name in ("inference.py", "evaluate.py", "convert.py", "train.py"):
         result = called(name, "--help", cwd=ROOT)
         assert result.returncode == 0 and max(map(len, result.stdout.splitlines())) <= 80
     for name in Config.__dataclass_fields__:
