@@ -6,11 +6,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, called, flags, refused, script
+from conftest import ROOT, TINY, called, flags, refused, script, tiny
 from PIL import Image
 
-from config import Config
+from config import Config, derive_seed
 from model import UNet
+from train import learning_rate
 
 
 def train(run_dir, *extra, start=called, **settings):
@@ -123,6 +124,25 @@ def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     assert train(tmp_path / "run", "--tensorboard", max_steps=2, log_every=1).returncode == 0
     assert list((tmp_path / "run/tensorboard").iterdir())
+
+
+def test_warm_up_starts_above_zero_and_ends_at_the_learning_rate():
+    config = Config(learning_rate=1e-3, warmup_steps=10)
+    got = [learning_rate(config, step) for step in (0, 4, 9, 10, 10_000)]
+    assert got == pytest.approx([1e-4, 5e-4, 1e-3, 1e-3, 1e-3])
+    assert learning_rate(Config(learning_rate=1e-3, warmup_steps=0), 0) == 1e-3
+
+
+def test_ema_is_ramped_so_that_it_forgets_the_random_start(tmp_path):  # without the ramp it is 90 % of it at step 1,000
+    config = tiny()
+    torch.manual_seed(derive_seed("weights", config.seed))
+    expected = UNet(config).state_dict()
+    for step, decay in ((1, 1 / 10), (2, 2 / 11), (3, 3 / 12)):
+        assert train(tmp_path / "run", "--resume", max_steps=step).returncode == 0
+        state = torch.load(tmp_path / "run/checkpoints/latest.pth", weights_only=True)
+        for name, weight in state["model"].items():
+            expected[name] = decay * expected[name] + (1 - decay) * weight
+            torch.testing.assert_close(state["ema"][name], expected[name], atol=1e-6, rtol=0)
 
 
 def test_grad_accum_is_the_same_step_to_rounding(tmp_path):
