@@ -52,6 +52,13 @@ def test_output_starts_at_zero_so_the_first_loss_is_one():
     assert ddpm.training_loss(x.clamp(-1, 1)).item() == pytest.approx(1, abs=0.03)
 
 
+def test_every_branch_starts_at_zero():
+    model = UNet(tiny(attn_resolutions=(8, 4)))
+    ends = [value for name, value in model.state_dict().items() if name.endswith(("conv2.weight", "proj.weight"))
+            and "emb_proj" not in name]
+    assert len(ends) == 15 and not any(value.any() for value in ends)
+
+
 def test_the_gradient_reaches_every_parameter():
     config = tiny(attn_resolutions=(8, 4))
     model = UNet(config)
