@@ -24,7 +24,7 @@ from config import CommandLine, Config, UserError, derive_seed
 from data import DOWNLOADS, atomic_write, load_folder, load_images, progress_bar, to_float
 from ddpm import DDPM, ImageNoise
 from device import autocast, run, select_device, select_precision, wants_compile
-from inference import Sampler
+from inference import Sampler, add_shared_flags, check_bounds
 
 Fields = dict[str, Any]
 REMARKS = {  # the paper's figures: CIFAR-10, its own network after 800,000 steps
@@ -159,8 +159,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandLine(__doc__, "python evaluate.py --metric bpd|fid [--checkpoint FILE] [--FLAG X ...]")
     add = parser.add_argument
     add("--metric", choices=METRICS, required=True, help="bpd: bits per dimension, fid: Frechet distance")
-    add("--checkpoint", metavar="FILE", type=Path, help="default: the newest one of --run_dir")
-    add("--run_dir", metavar="DIR", type=Path, default=Path("."), help="where checkpoints/ is (default: .)")
     add("--data", metavar="NAME", help="a data set or a folder (default: what the checkpoint was trained on)")
     add("--data_dir", metavar="DIR", help="where downloads are kept (default: as in training)")
     add("--num_images", metavar="N", type=int, help="bpd: N images, spread evenly (default: all)")
@@ -168,23 +166,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--num_samples", metavar="N", type=int, help="fid: images to make (default: 50000), or to take of --images")
     add("--images", metavar="DIR", type=Path, help="fid: of these images, instead of making some")
     add("--inception_weights", metavar="FILE", help="fid: default: torch-fidelity downloads them")
-    add("--steps", metavar="S", type=int, help="fid: network evaluations an image (default: T, the whole chain)")
-    add("--eta", metavar="X", type=float, help="fid: noise of DDIM, 0 to 1 (default: 0 with fewer than T steps)")
-    add("--spacing", choices=["quadratic", "uniform"], default="quadratic", help="fid: of fewer steps")
-    add("--batch_size", metavar="N", type=int, default=64, help="images at a time (default: 64)")
-    add("--seed", metavar="N", type=int, default=0, help="image i is drawn from (seed, i) (default: 0)")
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: auto")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="default: auto")
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile the network (default: auto)")
     add("--json", metavar="FILE", type=Path, help="write what is printed here too")
+    add_shared_flags(parser)
     args = parser.parse_args(argv)
-    for name, least in (("num_images", 1), ("timesteps_per_image", 1), ("num_samples", 2), ("batch_size", 1),
-                        ("steps", 1), ("eta", 0), ("seed", 0)):
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            parser.error(f"{name}={value} is impossible: it must be at least {least}")
-    if args.eta is not None and args.eta > 1:
-        parser.error(f"eta={args.eta} is impossible: it must be from 0 (deterministic) to 1 (as noisy as Algorithm 2)")
+    check_bounds(parser, args, num_images=1, timesteps_per_image=1, num_samples=2)
     return args
 
 

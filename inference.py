@@ -211,11 +211,34 @@ def write_picture(frames: list[Image.Image], path: Path, milliseconds: int = 300
 MODES = {"sample": sample, "process": process, "interpolate": interpolate}
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = CommandLine(__doc__, "python inference.py [--checkpoint FILE] [--mode MODE] [--FLAG X ...]")
+def add_shared_flags(parser: CommandLine) -> None:
+    """What every script that samples from a checkpoint takes."""
     add = parser.add_argument
     add("--checkpoint", metavar="FILE", type=Path, help="default: the newest one of --run_dir")
     add("--run_dir", metavar="DIR", type=Path, default=Path("."), help="where checkpoints/ is (default: .)")
+    add("--batch_size", metavar="N", type=int, default=64, help="images at a time (default: 64)")
+    add("--steps", metavar="S", type=int, help="network evaluations an image (default: T, the whole chain)")
+    add("--eta", metavar="X", type=float, help="noise of DDIM, 0 to 1 (default: 0 with fewer than T steps)")
+    add("--spacing", choices=["quadratic", "uniform"], default="quadratic", help="of fewer steps (default: quadratic)")
+    add("--seed", metavar="N", type=int, default=0, help="image i is drawn from (seed, i) (default: 0)")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: auto")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="default: auto")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile the network (default: auto)")
+
+
+def check_bounds(parser: CommandLine, args: argparse.Namespace, **at_least: int) -> None:
+    """Ends the script with status 2 where a shared flag, or one of at_least, is out of its bounds."""
+    for name, least in {**at_least, "batch_size": 1, "steps": 1, "eta": 0, "seed": 0}.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            parser.error(f"{name}={value} is impossible: it must be at least {least}")
+    if args.eta is not None and args.eta > 1:
+        parser.error(f"eta={args.eta} is impossible: it must be from 0 (deterministic) to 1 (as noisy as Algorithm 2)")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = CommandLine(__doc__, "python inference.py [--checkpoint FILE] [--mode MODE] [--FLAG X ...]")
+    add = parser.add_argument
     add("--output_dir", metavar="DIR", type=Path, default=Path("outputs"), help="default: ./outputs")
     add("--mode", choices=[*MODES, "all"], default="sample", help="default: sample")
     add("--num_samples", metavar="N", type=int, help="images: sample 16, process 4, interpolate 9 unless given")
@@ -224,22 +247,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", metavar=("A", "B"), type=int, nargs=2, help="interpolate: between these (default: seed, seed + 1)")
     add("--images", metavar=("A", "B"), type=Path, nargs=2, help="interpolate: between two pictures (section 4.3)")
     add("--t", metavar="T", type=int, nargs="+", help="... noised this far, one row each (default: T/4 T/2 3T/4)")
-    add("--batch_size", metavar="N", type=int, default=64, help="images at a time (default: 64)")
-    add("--steps", metavar="S", type=int, help="network evaluations an image (default: T, the whole chain)")
-    add("--eta", metavar="X", type=float, help="noise of DDIM, 0 to 1 (default: 0 with fewer than T steps)")
-    add("--spacing", choices=["quadratic", "uniform"], default="quadratic", help="of fewer steps (default: quadratic)")
     add("--weights", choices=["ema", "raw"], default="ema", help="raw: not averaged (default: ema)")
-    add("--seed", metavar="N", type=int, default=0, help="image i is drawn from (seed, i) (default: 0)")
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: auto")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="default: auto")
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile the network (default: auto)")
+    add_shared_flags(parser)
     args = parser.parse_args(argv)
-    for name, least in (("num_samples", 1), ("batch_size", 1), ("steps", 1), ("eta", 0), ("seed", 0)):
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            parser.error(f"{name}={value} is impossible: it must be at least {least}")
-    if args.eta is not None and args.eta > 1:
-        parser.error(f"eta={args.eta} is impossible: it must be from 0 (deterministic) to 1 (as noisy as Algorithm 2)")
+    check_bounds(parser, args, num_samples=1)
     if args.seeds and min(args.seeds) < 0:
         parser.error(f"seeds={args.seeds} is impossible: they must be at least 0")
     return args
