@@ -215,7 +215,10 @@ def open_run(config: Config, resume: bool) -> dict[str, Any] | None:
 
 def resumed_config(given: dict[str, Any], run_dir: str, saved: Config) -> Config:
     """The settings of the checkpoint, changed by those that the command line gives; UserError where that cannot be."""
-    config = Config(**{**asdict(saved), **given, "run_dir": run_dir})
+    try:
+        config = Config(**{**asdict(saved), **given, "run_dir": run_dir})
+    except ValueError as error:
+        raise UserError(f"with the settings of the checkpoint, {error}") from error
     changes = {name: f"{name} {old} -> {getattr(config, name)}" for name, old in asdict(saved).items()
                if getattr(config, name) != old and name != "run_dir"}
     if wrong := [text for name, text in changes.items() if name in FIXED]:

@@ -184,6 +184,8 @@ def test_what_fits_is_taken_and_said_what_does_not_is_refused(tmp_path):
     assert train(tmp_path / "run", max_steps=5).returncode == 0
     before = (tmp_path / "run/checkpoints/latest.pth").read_bytes()
     refused(train(tmp_path / "run", "--resume", dim=16, timesteps=31), 1, "dim 8 -> 16", "timesteps 30 -> 31")
+    refused(called("train.py", "--resume", "--run_dir", str(tmp_path / "run"), "--grad_accum", "16", cwd=tmp_path), 1,
+            "grad_accum=16", "batch_size=4")  # each is possible, but not together
     assert (tmp_path / "run/checkpoints/latest.pth").read_bytes() == before
     result = train(tmp_path / "run", "--resume", max_steps=8, batch_size=6)
     assert result.returncode == 0 and "batch_size 4 -> 6" in result.stdout and "max_steps 5 -> 8" in result.stdout
