@@ -51,7 +51,7 @@ def load_network(path: Path, device: torch.device, weights: str = "ema") -> tupl
     config = read_config(state, path)
     if weights not in state:
         raise UserError(f"{path} holds no raw weights, only the averaged ones: latest.pth has both")
-    model = UNet(config).to(device, memory_format=torch.channels_last).eval()
+    model = UNet(config).to(device).eval()
     load_weights(model, state[weights], path)
     return model, config, state["step"]
 

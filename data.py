@@ -7,6 +7,7 @@
 
 import colorsys
 import hashlib
+import json
 import math
 import os
 import secrets
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -234,3 +235,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """Raises UserError where path cannot be written."""
+    try:
+        with atomic_write(path) as file:
+            file.write(f"{json.dumps(fields, indent=2)}\n".encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error

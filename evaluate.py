@@ -8,7 +8,6 @@
 """
 
 import argparse
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from checkpoint import load_network, newest_checkpoint
 from config import CommandLine, Config, UserError, derive_seed
-from data import DOWNLOADS, atomic_write, load_folder, load_images, progress_bar, to_float
+from data import DOWNLOADS, load_folder, load_images, progress_bar, to_float, write_json
 from ddpm import DDPM, ImageNoise
-from device import autocast, run, select_device, select_precision, wants_compile
+from device import autocast, maybe_compile, memory_format, run, select_device, select_precision
 from inference import Sampler, add_shared_flags, check_bounds
 
 Fields = dict[str, Any]
@@ -49,8 +48,7 @@ def bpd(ddpm: DDPM, config: Config, args: argparse.Namespace, precision: str) ->
     if args.num_images:  # spread evenly: the first ones of a folder may all be of one kind
         images = images[np.linspace(0, len(images) - 1, min(args.num_images, len(images))).astype(int)]
     evaluations = T if K is None else K + 1
-    if wants_compile(args.compile, device, len(images) / args.batch_size * evaluations):
-        ddpm.model.compile()
+    maybe_compile(args.compile, device, len(images) / args.batch_size * evaluations, ddpm.model)
 
     bits = []
     with (progress_bar(total=len(images) * evaluations, unit=" evaluations", unit_scale=True) as bar,
@@ -97,8 +95,7 @@ def fid(ddpm: DDPM, config: Config, args: argparse.Namespace, precision: str) ->
         count, steps = args.num_samples or 50_000, args.steps or config.timesteps
         if steps > config.timesteps:
             raise UserError(f"steps={steps} is impossible: this checkpoint's chain has 1 to {config.timesteps}")
-        if wants_compile(args.compile, device, count / args.batch_size * steps):
-            ddpm.model.compile()
+        maybe_compile(args.compile, device, count / args.batch_size * steps, ddpm.model)
         with autocast(device, precision):
             batches = [batch.numpy() for _, batch in Sampler(ddpm, config, args).batches(range(count))]
         images = np.concatenate(batches)
@@ -179,19 +176,16 @@ def main(argv: list[str] | None = None) -> int:
     path = args.checkpoint or newest_checkpoint(args.run_dir)
     model, config, step = load_network(path, device)
     config = replace(config, data=args.data or config.data, data_dir=args.data_dir or config.data_dir)
-    result = METRICS[args.metric](DDPM(model, config).to(device), config, args,
-                                  select_precision(args.precision, device, config.dim))
+    precision = select_precision(args.precision, device, config.dim)
+    model.to(memory_format=memory_format(device, precision))
+    result = METRICS[args.metric](DDPM(model, config).to(device), config, args, precision)
     fields = {"metric": args.metric, "checkpoint": str(path), "step": step, **result}
     for name, value in fields.items():
         if isinstance(value, float):
             fields[name] = value = float(f"{value:.6g}")
         print(f"{name:<20} {value!s:<12} {REMARKS.get(name, '')}".rstrip())
     if args.json:
-        try:
-            with atomic_write(args.json) as file:
-                file.write(f"{json.dumps(fields, indent=2)}\n".encode())
-        except OSError as error:
-            raise UserError(f"{args.json} cannot be written: {error}") from error
+        write_json(args.json, fields)
     return 0
 
 

@@ -25,7 +25,7 @@ from checkpoint import load_network, newest_checkpoint
 from config import CommandLine, Config, UserError
 from data import atomic_write, progress_bar, remove_left_overs, save_grid, to_float, to_square, to_uint8
 from ddpm import DDPM, ImageNoise, spaced_timesteps
-from device import autocast, run, select_device, select_precision, start_processes, wants_compile
+from device import autocast, maybe_compile, memory_format, run, select_device, select_precision, start_processes
 
 
 class Sampler:
@@ -263,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     path = args.checkpoint or newest_checkpoint(args.run_dir)
     model, config, step = load_network(path, device, "model" if args.weights == "raw" else "ema")
     args.precision = select_precision(args.precision, device, config.dim)
+    model.to(memory_format=memory_format(device, args.precision))
     if args.steps is not None and args.steps > config.timesteps:
         raise UserError(f"steps={args.steps} is impossible: this checkpoint's chain has 1 to {config.timesteps}")
     if args.t and not all(0 <= t < config.timesteps for t in args.t):
@@ -277,8 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error}") from error
     evaluations = (args.num_samples or 16) / args.batch_size * (args.steps or config.timesteps)
-    if wants_compile(args.compile, device, evaluations):
-        model.compile()
+    maybe_compile(args.compile, device, evaluations, model)
     if rank == 0:
         print(f"{path}: step {step:,}, {config.image_size} x {config.image_size} x {config.channels}, "
               f"T = {config.timesteps}, on {world_size} x {device.type} in {args.precision}")

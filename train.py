@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -26,7 +27,7 @@ from checkpoint import latest_path, load_checkpoint, load_weights, read_config
 from config import CommandLine, Config, UserError, derive_seed
 from data import Batches, load_images, progress_bar
 from ddpm import DDPM
-from device import autocast, run, select_device, select_precision, start_processes, wants_compile
+from device import autocast, maybe_compile, memory_format, run, select_device, select_precision, start_processes
 from model import UNet
 from record import Metrics, RunFiles
 
@@ -46,7 +47,7 @@ def train(config: Config, state: dict[str, Any] | None, rank: int, world_size: i
     total_steps = config.max_steps or math.ceil(config.epochs * len(images) / config.batch_size)
 
     torch.manual_seed(derive_seed("weights", config.seed))
-    model = UNet(config).to(device, memory_format=torch.channels_last)
+    model = UNet(config).to(device, memory_format=memory_format(device, precision))
     ema = copy.deepcopy(model).eval()
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -64,9 +65,7 @@ def train(config: Config, state: dict[str, Any] | None, rank: int, world_size: i
 
     files = RunFiles(config, step, tensorboard) if rank == 0 else None
     network = DistributedDataParallel(model) if world_size > 1 else model
-    if wants_compile(config.compile, device, total_steps - step):
-        network.compile()
-        ema.compile()
+    maybe_compile(config.compile, device, total_steps - step, network, ema)
     ddpm, ddpm_ema = DDPM(network, config).to(device), DDPM(ema, config).to(device)
     if files:
         print(describe(config, model, images, step, total_steps, device, precision, world_size))
@@ -91,37 +90,16 @@ def train(config: Config, state: dict[str, Any] | None, rank: int, world_size: i
         if step >= total_steps or (stop.number and files):
             break
 
-        torch.manual_seed(derive_seed("step", config.seed, step, rank))
-        x_start = batches(step)
-        t = torch.randint(config.timesteps, x_start.shape[:1], device=device)
-        noise = torch.randn_like(x_start)
-        losses = []
-        for micro_batch in zip(*(tensor.chunk(config.grad_accum) for tensor in (x_start, t, noise))):
-            last = len(losses) == config.grad_accum - 1
-            with nullcontext() if last or world_size == 1 else network.no_sync():
-                with autocast(device, precision):
-                    losses.append(ddpm.loss_per_image(*micro_batch))
-                scaler.scale(losses[-1].mean() / config.grad_accum).backward()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        # fp16 overflowed: the scaler has left the weights alone and lowered its scale, and the same step is tried again
-        skipped = skipped + 1 if scaler.get_scale() < scale else 0
+        done = train_step(ddpm, ema, optimizer, scaler, batches, step, precision)
+        skipped = 0 if done else skipped + 1
         if skipped == MAX_SKIPPED:
             raise UserError(f"fp16 overflowed {skipped} times in a row at step {step + 1}: try --precision bf16 "
                             "or fp32, or a lower --learning_rate")
-        if skipped:
+        if not done:
             continue
-        ema_decay = min(config.ema_decay, (1 + step) / (10 + step))  # the ramp forgets the random initial weights
-        get_ema_multi_avg_fn(ema_decay)(list(ema.parameters()), list(model.parameters()), None)
         step += 1
 
-        metrics.add(step, torch.cat(losses).detach(), t, grad_norm)
+        metrics.add(step, *done)
         bar.update(config.batch_size)
         if step % config.log_every == 0:
             epoch = step * config.batch_size // len(images)
@@ -148,6 +126,39 @@ def train(config: Config, state: dict[str, Any] | None, rank: int, world_size: i
         return files.status()
     print(f"stopped after {step:,} of {total_steps:,} steps: {files.latest}; the same command with --resume goes on")
     return 128 + stop.number
+
+
+def train_step(ddpm: DDPM, ema: UNet, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batches: Batches,
+               step: int, precision: str) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Algorithm 1, once: the losses [B] and their t [B], and the norm of the gradient; nothing waits for the device.
+
+    None where fp16 overflowed: the scaler has left the weights alone and lowered its scale; take the same step again.
+    """
+    config, device = batches.config, batches.device
+    torch.manual_seed(derive_seed("step", config.seed, step, batches.rank))
+    x_start = batches(step)
+    t = torch.randint(config.timesteps, x_start.shape[:1], device=device)
+    noise = torch.randn_like(x_start)
+    losses = []
+    for micro_batch in zip(*(tensor.chunk(config.grad_accum) for tensor in (x_start, t, noise))):
+        last = len(losses) == config.grad_accum - 1
+        with nullcontext() if last or batches.world_size == 1 else ddpm.model.no_sync():
+            with autocast(device, precision):
+                losses.append(ddpm.loss_per_image(*micro_batch))
+            scaler.scale(losses[-1].mean() / config.grad_accum).backward()
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(ddpm.model.parameters(), config.grad_clip or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    if scaler.get_scale() < scale:
+        return None
+    ema_decay = min(config.ema_decay, (1 + step) / (10 + step))  # the ramp forgets the random initial weights
+    get_ema_multi_avg_fn(ema_decay)(list(ema.parameters()), list(ddpm.model.parameters()), None)
+    return torch.cat(losses).detach(), t, grad_norm
 
 
 def learning_rate(config: Config, step: int) -> float:
