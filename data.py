@@ -109,7 +109,13 @@ def load_images(config: Config, split: str = "train") -> np.ndarray:
     except (OSError, RuntimeError) as error:
         raise UserError(f"{config.data} could not be downloaded ({error}): put {archive} into {config.data_dir} by "
                         "hand, or use --data shapes, which needs no download") from error
-    return np.stack([to_square(Image.fromarray(np.asarray(picture)), size, channels) for picture in dataset.data])
+    return stack((to_square(Image.fromarray(np.asarray(picture)), size, channels) for picture in dataset.data),
+                 len(dataset.data), size, channels)
+
+
+def stack(images: Iterator[np.ndarray], count: int, size: int, channels: int) -> np.ndarray:
+    """[count, channels, size, size], filled one by one: thousands of small arrays at once leave a heap in tatters."""
+    return np.fromiter(images, np.dtype((np.uint8, (channels, size, size))), count)
 
 
 # Folders
@@ -187,7 +193,7 @@ def to_square(image: Image.Image, size: int, channels: int) -> np.ndarray:
 def draw_shapes(count: int, size: int, channels: int, split: str) -> np.ndarray:
     """Images of one circle, square or triangle of a bright colour on a dark ground, anti-aliased; always the same."""
     rng = np.random.default_rng(derive_seed("shapes", 0 if split == "train" else 1))
-    return np.stack([to_square(draw_shape(rng, size), size, channels) for _ in range(count)])
+    return stack((to_square(draw_shape(rng, size), size, channels) for _ in range(count)), count, size, channels)
 
 
 def draw_shape(rng: np.random.Generator, size: int, scale: int = 8) -> Image.Image:

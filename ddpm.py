@@ -22,13 +22,13 @@ Step = tuple[int, Tensor, Tensor]  # (t, x after the step, pred_x_start)
 
 
 def linear_beta_schedule(timesteps: int, start: float = 1e-4, end: float = 0.02) -> Tensor:
-    """beta_0..beta_{T-1} [T] float64, section 4: equal steps, scaled by 1000 / T so that x_T is noise for any T."""
+    """The beta_t of Eq. 2, [T] float64, section 4: equal steps, scaled by 1000 / T so that x_T is noise for any T."""
     scale = 1000 / timesteps
     return torch.linspace(scale * start, scale * end, timesteps, dtype=torch.float64, device="cpu")
 
 
 def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
-    """beta_0..beta_{T-1} [T] float64: alphas_cumprod is a squared cosine (arXiv 2102.09672, Eq. 17)."""
+    """The beta_t of Eq. 2, [T] float64, such that alphas_cumprod is a squared cosine (arXiv 2102.09672, Eq. 17)."""
     steps = torch.arange(timesteps + 1, dtype=torch.float64, device="cpu") / timesteps
     alphas_cumprod = torch.cos((steps + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
@@ -95,7 +95,7 @@ class DDPM(nn.Module):
     # Training
 
     def training_loss(self, x_start: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        """Algorithm 1, Eq. 14: the mean over all elements of |noise - pred_noise|^2, a scalar."""
+        """The loss of Algorithm 1, Eq. 14: the mean over all elements of (noise - pred_noise)^2, a scalar."""
         if t is None:
             t = torch.randint(self.timesteps, x_start.shape[:1], device=x_start.device)
         noise = torch.randn_like(x_start) if noise is None else noise
@@ -212,12 +212,15 @@ class DDPM(nn.Module):
             timesteps = torch.arange(1, self.timesteps, device=x_start.device)[:, None].expand(-1, len(x_start))
         rate = torch.zeros_like(prior)
         for n, t in enumerate(timesteps, start=1):
-            rate = rate + bits(self._posterior_kl(x_start, predict(t, n), t))
+            rate = rate + bits(self.posterior_kl(x_start, predict(t, n), t))
         rate = rate * ((self.timesteps - 1) / len(timesteps))
         return {"total": prior + rate + distortion, "prior": prior, "rate": rate, "distortion": distortion, "mse": mse}
 
-    def _posterior_kl(self, x_start: Tensor, pred_x_start: Tensor, t: Tensor) -> Tensor:
-        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each pixel, in nats, for t > 0: L_t of Eq. 5."""
+    def posterior_kl(self, x_start: Tensor, pred_x_start: Tensor, t: Tensor) -> Tensor:
+        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each pixel [B, C, H, W], in nats, for t > 0: Eq. 8.
+
+        Without the clip of x_0 its part that the network can change is Eq. 12, the weighted error of the noise.
+        """
         variance = at(self.model_variance, t)
         # The two means differ by x_0 alone; log1p keeps the digits where the two variances are nearly equal.
         difference = at(self.posterior_mean_coef1, t) * (x_start - pred_x_start)

@@ -17,7 +17,7 @@ from config import Config
 
 
 class UNet(nn.Module):
-    """Down through the levels, each half the size of the one before, and up again with skip connections."""
+    """The network of appendix B: down through the levels, each half the size of the last, and up again with skips."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()

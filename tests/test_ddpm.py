@@ -281,3 +281,17 @@ def test_the_step_and_the_samplers_stay_on_the_device():
     for steps, eta in ((10, 0.0), (10, 1.0), (30, 1.0)):
         x = ddpm.sample(x, steps, eta)
     assert {loss.device.type, norm.device.type, x.device.type} == {"meta"}
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_the_kl_of_the_posterior_is_the_weighted_error_of_the_noise(variance):  # Eq. 8 is Eq. 12, up to a constant
+    config = Config(variance=variance)
+    ddpm = DDPM(nn.Identity(), config).double()
+    betas = linear_beta_schedule(1000)
+    x_start, error = torch.randn(2, 5, 1, 2, 2, dtype=torch.float64)
+    t = t_of(1, 10, 200, 700, 999)
+    alpha, beta = (value.view(-1, 1, 1, 1) for value in (torch.cumprod(1 - betas, 0)[t], betas[t]))
+    pred_x_start = x_start - ((1 - alpha) / alpha).sqrt() * error  # Eq. 15 of a noise that is off by error
+    kl = ddpm.posterior_kl(x_start, pred_x_start, t) - ddpm.posterior_kl(x_start, x_start, t)
+    sigma2 = ddpm.model_variance[t].view(-1, 1, 1, 1)
+    assert torch.allclose(kl, beta**2 / (2 * sigma2 * (1 - beta) * (1 - alpha)) * error**2, rtol=1e-4)
