@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:<28}{contender.parameters:>12,}{contender.rate('train'):>12.1f}{contender.rate('sample'):>14.1f}"
               f"{contender.memory_gb:>14.2f}")
         if contender is not us:
-            print(f"{'  ours is faster by':<40}"
+            print(f"{'  ours, times as fast':<40}"
                   f"{ratios[f'train_vs_{name}']:>11.2f}x{ratios[f'sample_vs_{name}']:>13.2f}x")
     print(f"\nours reaches {tflops['train']:.3g} TFLOP/s in training, {tflops['sample']:.3g} in sampling")
     for name, peak in peaks.items():

@@ -1,7 +1,7 @@
 """Every setting: its type, default and one line of help; the presets; the command line made from both.
 
     Config()                     the default run: CIFAR-10 at 32 x 32
-    Config(**PRESETS["paper"])   the CIFAR-10 run of the paper, exactly
+    Config(**PRESETS["paper"])   the CIFAR-10 run of the paper
     Config(**dataclasses.asdict(config))   the round trip that checkpoints make
 """
 
@@ -25,7 +25,7 @@ class Config:
     data_dir: str = setting("./data", "where downloads and decoded caches are kept")
     image_size: int = setting(32, "images are resized and centre-cropped to this square", 1)
     channels: Literal[1, 3] = setting(3, "3: colour, 1: greyscale")
-    horizontal_flip: bool = setting(True, "mirror half of the training images (never with mnist)")
+    horizontal_flip: bool = setting(True, "mirror each training image with a chance of one half (never with mnist)")
 
     dim: int = setting(64, "base width: level i of the U-Net is dim * dim_mults[i] wide", 4)
     dim_mults: tuple[int, ...] = setting((1, 2, 4, 8), "width factors, one a level", 1)
@@ -46,7 +46,7 @@ class Config:
     max_steps: int = setting(0, "stop after this many steps instead (0: epochs decide)")
     warmup_steps: int = setting(5000, "linear warm-up of the learning rate")
     grad_clip: float = setting(1.0, "largest global norm of the gradient (0: no limit)")
-    grad_accum: int = setting(1, "micro-batches a step: less memory, the same result", 1)
+    grad_accum: int = setting(1, "micro-batches a step: less memory; the same result if dropout is 0", 1)
     ema_decay: float = setting(0.9999, "of the averaged weights, ramped up at the start")
     seed: int = setting(0, "every random draw follows from it")
 

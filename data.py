@@ -207,8 +207,7 @@ def draw_shape(rng: np.random.Generator, size: int, scale: int = 8) -> Image.Ima
     if kind == "circle":
         draw.circle((x, y), radius, color)
     else:
-        sides, rotation = (4, 0) if kind == "square" else (3, 0)
-        draw.regular_polygon((x, y, radius), sides, rotation, color)
+        draw.regular_polygon((x, y, radius), 4 if kind == "square" else 3, fill=color)
     return image.reduce(scale)
 
 

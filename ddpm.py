@@ -37,7 +37,8 @@ def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
 class DDPM(nn.Module):
     """The diffusion around a network model(x_t, t) -> predicted noise.
 
-    t is 0-based: x_t at t = 0 has taken one step of noise, at t = T - 1 all T of them.
+    t is 0-based: x_t at t = 0 has taken one step of noise, at t = T - 1 all T of them.  x_start has taken none, and
+    is what a step back from t = 0 leads to.
     """
 
     def __init__(self, model: Callable[[Tensor, Tensor], Tensor], config: Config) -> None:
@@ -73,7 +74,7 @@ class DDPM(nn.Module):
         keep("posterior_mean_coef1", betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod))
         keep("posterior_mean_coef2", alphas.sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod))
 
-        # p(x_{t-1} | x_t): beta_0 is the likelihood's worst guess of the last step, so the posterior's next stands in
+        # p(x_{t-1} | x_t): at t = 0 beta_0 makes the likelihood poor; sampling never uses that entry
         fixed_large = torch.cat([posterior_variance[1:2], betas[1:]])
         keep("model_variance", fixed_large if config.variance == "fixed_large" else posterior_variance)
 
@@ -139,13 +140,13 @@ class DDPM(nn.Module):
         eta 0 draws no noise; eta 1 over all timesteps is Algorithm 2 with fixed_small variance.
         """
         for t, s in zip(timesteps, [*timesteps[1:], None]):
-            alpha_t = self.alphas_cumprod_float64[t]
-            alpha_s = 1.0 if s is None else self.alphas_cumprod_float64[s]
+            abar_t = self.alphas_cumprod_float64[t]
+            abar_s = 1.0 if s is None else self.alphas_cumprod_float64[s]
             pred_x_start = self._denoise(x_t, self._batch_of(t, x_t))
             # The network's own noise no longer fits once x_0 is clipped.
-            eps = (x_t - math.sqrt(alpha_t) * pred_x_start) / math.sqrt(1 - alpha_t)
-            variance = eta**2 * (1 - alpha_t / alpha_s) * (1 - alpha_s) / (1 - alpha_t)
-            x_t = math.sqrt(alpha_s) * pred_x_start + math.sqrt(max(0.0, 1 - alpha_s - variance)) * eps
+            eps = (x_t - math.sqrt(abar_t) * pred_x_start) / math.sqrt(1 - abar_t)
+            variance = eta**2 * (1 - abar_t / abar_s) * (1 - abar_s) / (1 - abar_t)
+            x_t = math.sqrt(abar_s) * pred_x_start + math.sqrt(max(0.0, 1 - abar_s - variance)) * eps
             if variance > 0:
                 x_t = x_t + math.sqrt(variance) * (torch.randn_like(x_t) if noise is None else noise(t))
             yield t, x_t, pred_x_start
@@ -200,8 +201,8 @@ class DDPM(nn.Module):
             return nats.mean(dim=(1, 2, 3)) / math.log(2)
 
         # q(x_T | x_0) against a standard normal
-        alpha = self.alphas_cumprod_float64[-1]
-        prior = bits((alpha * x_start.square() - alpha - math.log1p(-alpha)) / 2)
+        abar_T = self.alphas_cumprod_float64[-1]
+        prior = bits((abar_T * x_start.square() - abar_T - math.log1p(-abar_T)) / 2)
 
         # At t = 0 the mean is pred_x_start.  fixed_small has no variance there: fixed_large's serves both.
         pred_x_start = predict(self._batch_of(0, x_start), 0)

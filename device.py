@@ -64,7 +64,7 @@ def select_precision(name: str, device: torch.device, dim: int) -> str:
 
 
 def memory_format(device: torch.device, precision: str) -> torch.memory_format:
-    """Of the network: channels_last, but in 16 bits on a CPU, where group norm is many times slower in it."""
+    """Of the network: channels_last, except in 16 bits on a CPU, where it makes group norm many times slower."""
     plain = device.type == "cpu" and precision != "fp32"
     return torch.contiguous_format if plain else torch.channels_last
 
@@ -89,7 +89,7 @@ def start_processes() -> tuple[int, int]:
 
 
 def maybe_compile(setting: str, device: torch.device, steps: float, *networks: nn.Module) -> bool:
-    """Compile the networks in place for so many steps; auto: on a GPU, where that is long enough to pay.  Whether."""
+    """Compile the networks in place for so many steps; auto: on a GPU, if they are enough to pay.  True if so."""
     wanted = setting == "on" or (setting == "auto" and device.type == "cuda" and steps >= 2000)
     for network in networks if wanted else ():
         network.compile(backend=inductor_or_eager)

@@ -246,7 +246,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--npz", metavar="FILE", type=Path, help="sample: one uint8 array [N, H, W, C] instead of a grid")
     add("--seeds", metavar=("A", "B"), type=int, nargs=2, help="interpolate: between these (default: seed, seed + 1)")
     add("--images", metavar=("A", "B"), type=Path, nargs=2, help="interpolate: between two pictures (section 4.3)")
-    add("--t", metavar="T", type=int, nargs="+", help="... noised this far, one row each (default: T/4 T/2 3T/4)")
+    add("--t", metavar="N", type=int, nargs="+", help="... noised this far, one row each (default: T/4 T/2 3T/4)")
     add("--weights", choices=["ema", "raw"], default="ema", help="raw: not averaged (default: ema)")
     add_shared_flags(parser)
     args = parser.parse_args(argv)

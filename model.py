@@ -3,7 +3,7 @@
     model = UNet(Config())
     pred_noise = model(x_t, t)      # x_t [B, C, H, W] float, t [B] int64 -> [B, C, H, W] float32
 
-Shapes are written in a column as [B, width, height and width]; S is image_size, dim the base width.
+Shapes are written in a column as [B, channels, size]; maps are square, S is their size, dim the base width.
 """
 
 import math
@@ -79,7 +79,7 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Xavier-uniform weights and zero biases; what ends a branch starts at zero, so that the first loss is 1."""
+        """Xavier-uniform weights, zero biases; what ends a branch or the network starts at zero, so the loss at 1."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

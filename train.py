@@ -130,7 +130,7 @@ def train(config: Config, state: dict[str, Any] | None, rank: int, world_size: i
 
 def train_step(ddpm: DDPM, ema: UNet, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batches: Batches,
                step: int, precision: str) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Algorithm 1, once: the losses [B] and their t [B], and the norm of the gradient; nothing waits for the device.
+    """Algorithm 1, once: the losses [B] and their t [B], and the norm of the gradient.  Only fp16 waits for the device.
 
     None where fp16 overflowed: the scaler has left the weights alone and lowered its scale; take the same step again.
     """

@@ -1,4 +1,4 @@
-"""The mathematics against closed forms.  The numbers after "trap" are explained beside the fault they would show."""
+"""The mathematics against closed forms."""
 
 import math
 

@@ -130,7 +130,7 @@ def test_the_perfect_network_for_gaussian_data_costs_its_exact_integrals():
     assert entropy < got["total"].mean().item() < entropy + 0.2
 
 
-def test_the_prior_is_about_1e_5():  # trap 27; 1 - A in float32 alone would be 1e-7 off
+def test_the_prior_is_about_1e_5():  # 1 - A in float32 alone would be 1e-7 off
     x = pictures(64, 3, 32, 32)
     got = DDPM(Constant(), Config()).bits_per_dim(x, torch.ones(1, 64, dtype=torch.int64))["prior"]
     a = 4.0358e-5
