@@ -107,7 +107,8 @@ def load_images(config: Config, split: str = "train") -> np.ndarray:
     try:
         dataset = dataset_class(config.data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{config.data} could not be downloaded ({error}): put {archive} into {config.data_dir} by "
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{config.data} could not be downloaded ({reason}): put {archive} into {config.data_dir} by "
                         "hand, or use --data shapes, which needs no download") from error
     return stack((to_square(Image.fromarray(np.asarray(picture)), size, channels) for picture in dataset.data),
                  len(dataset.data), size, channels)

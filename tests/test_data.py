@@ -193,8 +193,17 @@ def test_resized_and_centre_cropped():
 
 
 def test_no_network_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no\nnetwork")))
     for name, archive in (("cifar10", "cifar-10-python.tar.gz"), ("mnist", "MNIST/raw")):
         with pytest.raises(UserError) as error:
             load_images(tiny(data=name, data_dir=str(tmp_path)))
         assert all(word in str(error.value) for word in (archive, str(tmp_path), "--data shapes"))
+        assert str(error.value).isprintable()  # one line, whatever torchvision says
+
+
+def test_a_downloaded_data_set(monkeypatch, tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    fake = type("Fake", (), {"__init__": lambda self, root, train, download: setattr(self, "data", pictures)})
+    monkeypatch.setitem(data.DOWNLOADS, "cifar10", (fake, ""))
+    images = load_images(tiny(data="cifar10", data_dir=str(tmp_path)))
+    assert images.dtype == np.uint8 and np.array_equal(images, pictures.transpose(0, 3, 1, 2))
