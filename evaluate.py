@@ -1,4 +1,4 @@
-"""How good a checkpoint is: the likelihood of unseen images, or FID.
+"""How good a checkpoint is: the likelihood (Eq. 5, 8, 13), or FID.
 
     python evaluate.py --metric bpd --checkpoint FILE
     python evaluate.py --metric bpd --num_images 500 --timesteps_per_image 50
@@ -9,6 +9,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import load_network, newest_checkpoint
-from config import CommandLine, Config, UserError, derive_seed
-from data import DOWNLOADS, load_folder, load_images, progress_bar, to_float, write_json
-from ddpm import DDPM, ImageNoise
-from device import autocast, maybe_compile, memory_format, run, select_device, select_precision
-from inference import Sampler, add_shared_flags, check_bounds
+from config import Config
+from data import DOWNLOADS, load_folder, load_images, to_float
+from ddpm import DDPM, Noise, at, batch_of, evaluating, is_algorithm_2
+from inference import Sampler, add_shared_flags
+from utils.cli import CommandLine, UserError, progress_bar, run
+from utils.device import autocast, maybe_compile
+from utils.files import write_json
+from utils.randomness import derive_seed
 
 Fields = dict[str, Any]
 REMARKS = {  # the paper's figures: CIFAR-10, its own network after 800,000 steps
@@ -37,80 +40,207 @@ REMARKS = {  # the paper's figures: CIFAR-10, its own network after 800,000 step
 }
 
 
+# The likelihood
+
+@torch.no_grad()
+def bits_per_dim(
+    ddpm: DDPM, x_start: Tensor, timesteps: Tensor | None = None, noise: Noise | None = None,
+    progress: Callable[[], Any] = lambda: None,
+) -> dict[str, Tensor]:
+    """The variational bound of Eq. 5 on 8-bit images, for each image [B] in bits per dimension.
+
+    total = prior (L_T) + rate (L_1..L_{T-1}) + distortion (L_0, Eq. 13); mse: of the x_0 predicted
+    at t = 0.  timesteps [K, B], each uniform in 1..T-1, make rate an unbiased estimate from K of
+    its T - 1 terms.  The network is evaluated 1 + K times, or T times without timesteps: noise(n)
+    is asked for, and progress() called, once per evaluation n = 0, 1, ...; without timesteps n is
+    t.
+    """
+    def predict(t: Tensor, n: int) -> Tensor:
+        x_t = ddpm.q_sample(x_start, t, None if noise is None else noise(n))
+        progress()
+        return ddpm.predict_x_start(x_t, t)
+
+    T = ddpm.timesteps
+    if timesteps is None:
+        every_t = torch.arange(1, T, device=x_start.device)
+        timesteps = every_t[:, None].expand(-1, len(x_start))
+
+    # L_T: q(x_T | x_0) against a standard normal
+    abar_T = ddpm.alphas_cumprod_float64[-1]
+    prior = bits((abar_T * x_start.square() - abar_T - math.log1p(-abar_T)) / 2)
+
+    with evaluating(ddpm):
+        # L_0: at t = 0 the mean is pred_x_start.  The variance is that of t = 1, as in fixed_large:
+        # fixed_small has none at t = 0.
+        pred_x_start = predict(batch_of(0, x_start), 0)
+        std = ddpm.posterior_variance[1].sqrt()
+        distortion = bits(-discretized_log_likelihood(x_start, pred_x_start, std))
+        mse = (x_start - pred_x_start).square().mean(dim=(1, 2, 3))
+
+        # L_1 .. L_{T-1}
+        rate = torch.zeros_like(prior)
+        for n, t in enumerate(timesteps, start=1):
+            rate = rate + bits(posterior_kl(ddpm, x_start, predict(t, n), t))
+        rate = rate * ((T - 1) / len(timesteps))
+
+    total = prior + rate + distortion
+    return {"total": total, "prior": prior, "rate": rate, "distortion": distortion, "mse": mse}
+
+
+def bits(nats: Tensor) -> Tensor:
+    """nats of each pixel [B, C, H, W] -> bits per dimension of each image [B]."""
+    return nats.mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def posterior_kl(ddpm: DDPM, x_start: Tensor, pred_x_start: Tensor, t: Tensor) -> Tensor:
+    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each pixel [B, C, H, W], for t > 0: Eq. 8.
+
+    In nats.  Without the clip of x_0 its part that the network can change is Eq. 12, the weighted
+    error of the noise.
+    """
+    variance = at(ddpm.model_variance, t)
+    # The two means differ by x_0 alone.
+    difference = at(ddpm.posterior_mean_coef1, t) * (x_start - pred_x_start)
+    # log1p keeps the digits where the two variances are nearly equal.
+    excess = (at(ddpm.posterior_variance, t) - variance) / variance
+    return (excess - torch.log1p(excess) + difference.square() / variance) / 2
+
+
+def discretized_log_likelihood(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The log-probability, in nats, of x's bin under a normal distribution, Eq. 13.
+
+    x: 8-bit values in [-1, 1]; a bin is 2/255 wide, the first and last one reach to infinity.
+    """
+    lower = torch.where(x < -0.999, -math.inf, (x - 1 / 255 - mean) / std)
+    upper = torch.where(x > 0.999, math.inf, (x + 1 / 255 - mean) / std)
+    # Mirrored to the left of the mean: only there the logarithm keeps its digits, however far away.
+    is_right = x > mean
+    lower, upper = torch.where(is_right, -upper, lower), torch.where(is_right, -lower, upper)
+    log_upper = log_normal_cdf(upper)
+    return log_upper + torch.log(-torch.expm1(log_normal_cdf(lower) - log_upper))
+
+
+def log_normal_cdf(x: Tensor) -> Tensor:
+    """ln Phi(x), exact in both tails; torch.special.log_ndtr is not there on an Apple GPU."""
+    x = x / math.sqrt(2)
+    left = torch.log(torch.special.erfcx(-x) / 2) - x**2
+    right = torch.log1p(-torch.erfc(x) / 2)
+    return torch.where(x < 0, left, right)
+
+
 # --metric bpd
 
-def bpd(ddpm: DDPM, config: Config, args: argparse.Namespace, precision: str) -> Fields:
-    """The variational bound, Eq. 5, on images that are not mirrored.  Image i draws from (seed, i) alone."""
-    T, K, device = config.timesteps, args.timesteps_per_image, ddpm.betas.device
+def bpd(sampler: Sampler, data: Config, args: argparse.Namespace) -> Fields:
+    """The bound on images that are not mirrored.  Image i draws from (seed, i) alone."""
+    T, K = sampler.config.timesteps, args.timesteps_per_image
     if K is not None and K > T - 1:
-        raise UserError(f"timesteps_per_image={K} is impossible: this checkpoint's rate has 1 to {T - 1}")
-    images = load_images(config, "test")
-    if args.num_images:  # spread evenly: the first ones of a folder may all be of one kind
-        images = images[np.linspace(0, len(images) - 1, min(args.num_images, len(images))).astype(int)]
+        raise UserError(f"timesteps_per_image={K} is impossible: this checkpoint's rate has 1 to "
+                        f"{T - 1}")
+    images = load_images(data, "test")
+    if args.num_images and args.num_images < len(images):
+        # Spread evenly: the first ones of a folder may all be of one kind.
+        chosen = np.linspace(0, len(images) - 1, args.num_images).astype(int)
+        images = images[chosen]
     evaluations = T if K is None else K + 1
-    maybe_compile(args.compile, device, len(images) / args.batch_size * evaluations, ddpm.model)
+    calls = evaluations * len(images) / sampler.batch_size
+    maybe_compile(args.compile, sampler.device, calls, sampler.ddpm.model)
 
-    bits = []
-    with (progress_bar(total=len(images) * evaluations, unit=" evaluations", unit_scale=True) as bar,
-          autocast(device, precision)):
-        for first in range(0, len(images), args.batch_size):
-            x_start = to_float(torch.tensor(images[first:first + args.batch_size], device=device))
-            indices = range(first, first + len(x_start))
-            noise = ImageNoise(args.seed, indices, x_start.shape[1:], device)
+    batches = []
+    total = len(images) * evaluations
+    with progress_bar(total=total, unit=" evaluations", unit_scale=True) as bar:
+        for first in range(0, len(images), sampler.batch_size):
+            pixels = images[first:first + sampler.batch_size]
+            x_start = to_float(torch.tensor(pixels, device=sampler.device))
+            count = len(x_start)
+            indices = range(first, first + count)
+            timesteps = None
+            if K is not None:
+                timesteps = random_timesteps(sampler.seed, indices, K, T).to(sampler.device)
+            noise = sampler.noise(sampler.seed, indices)
+            terms = bits_per_dim(sampler.ddpm, x_start, timesteps, noise,
+                                 progress=lambda count=count: bar.update(count))
+            batches.append({name: value.cpu().double() for name, value in terms.items()})
 
-            def draw(n: int, noise: ImageNoise = noise) -> Tensor:  # once an evaluation: the bar goes with it
-                bar.update(len(noise.generators))
-                return noise()
-
-            timesteps = None if K is None else random_timesteps(args.seed, indices, K, T).to(device)
-            bits.append({name: value.cpu() for name, value in ddpm.bits_per_dim(x_start, timesteps, draw).items()})
-
-    values = {name: torch.cat([batch[name] for batch in bits]).double() for name in bits[0]}
-    total = values["total"]
+    terms = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    standard_error = None
+    if len(images) > 1:
+        standard_error = terms["total"].std().item() / math.sqrt(len(images))
     return {
-        "data": describe(config, "test"), "num_images": len(images), "timesteps_per_image": K or T, "seed": args.seed,
-        "precision": precision, "total": total.mean().item(),
-        "standard_error": total.std().item() / math.sqrt(len(total)) if len(total) > 1 else None,
-        **{name: values[name].mean().item() for name in ("prior", "rate", "distortion")},
-        "rmse": 127.5 * math.sqrt(values["mse"].mean())}
+        "data": describe(data, "test"),
+        "num_images": len(images),
+        "timesteps_per_image": K or T,
+        "seed": sampler.seed,
+        "precision": sampler.precision,
+        "total": terms["total"].mean().item(),
+        "standard_error": standard_error,
+        "prior": terms["prior"].mean().item(),
+        "rate": terms["rate"].mean().item(),
+        "distortion": terms["distortion"].mean().item(),
+        "rmse": 127.5 * math.sqrt(terms["mse"].mean()),
+    }
 
 
 def random_timesteps(seed: int, indices: range, K: int, T: int) -> Tensor:
     """K different ones of 1..T-1 for each image [K, B]."""
-    draws = [np.random.default_rng(derive_seed("timesteps", seed, i)).choice(T - 1, K, replace=False) for i in indices]
-    return torch.from_numpy(np.stack(draws, axis=1)) + 1
+    columns = []
+    for index in indices:
+        generator = np.random.default_rng(derive_seed("timesteps", seed, index))
+        columns.append(generator.choice(T - 1, K, replace=False) + 1)
+    return torch.from_numpy(np.stack(columns, axis=1))
 
 
 # --metric fid
 
-def fid(ddpm: DDPM, config: Config, args: argparse.Namespace, precision: str) -> Fields:
-    """The Frechet distance between Inception's features of generated and of training images, by torch-fidelity."""
+def fid(sampler: Sampler, data: Config, args: argparse.Namespace) -> Fields:
+    """The Frechet distance between Inception's features of generated and of training images."""
     torch_fidelity = load_inception(args.inception_weights)  # first: sampling takes hours
-    reference, device = load_images(config, "train"), ddpm.betas.device
+    reference = load_images(data, "train")
     if args.images:
-        images = load_folder(args.images, Path(config.data_dir), config.image_size, config.channels)[:args.num_samples]
+        config = sampler.config
+        images = load_folder(args.images, Path(data.data_dir), config.image_size, config.channels)
+        images = images[:args.num_samples]
         record = args.images / "sampled_with.json"
-        sampler = f"{args.images}, {record.read_text() if record.exists() else 'of unknown origin'}"
+        made_by = record.read_text() if record.exists() else "of unknown origin"
+        origin = f"{args.images}, {made_by}"
     else:
-        count, steps = args.num_samples or 50_000, args.steps or config.timesteps
-        if steps > config.timesteps:
-            raise UserError(f"steps={steps} is impossible: this checkpoint's chain has 1 to {config.timesteps}")
-        maybe_compile(args.compile, device, count / args.batch_size * steps, ddpm.model)
-        with autocast(device, precision):
-            batches = [batch.numpy() for _, batch in Sampler(ddpm, config, args).batches(range(count))]
-        images = np.concatenate(batches)
-        ancestral = steps == config.timesteps and args.eta is None
-        sampler = "Algorithm 2" if ancestral else f"DDIM, eta {args.eta or 0.0:g}, {args.spacing} spacing"
-        sampler += f", {steps} of {config.timesteps} steps, seed {args.seed}, {precision}"
+        images = sample_images(sampler, args.num_samples or 50_000, args.compile)
+        origin = describe_sampler(sampler)
     if min(len(images), len(reference)) < 2:
-        raise UserError(f"FID needs two images or more: here are {len(images)}, and {len(reference)} to compare with")
-    # save_cpu_ram: without worker processes, which indexing an array does not need
+        raise UserError(f"FID needs two images or more: here are {len(images)}, and "
+                        f"{len(reference)} to compare with")
     metrics = torch_fidelity.calculate_metrics(
-        input1=InceptionImages(images), input2=InceptionImages(reference), fid=True, cuda=device.type == "cuda",
-        batch_size=args.batch_size, feature_extractor_weights_path=args.inception_weights, save_cpu_ram=True,
-        verbose=False)
-    return {"reference": describe(config, "train"), "num_reference": len(reference), "num_samples": len(images),
-            "sampler": sampler, "fid": metrics["frechet_inception_distance"]}
+        input1=InceptionImages(images),
+        input2=InceptionImages(reference),
+        fid=True,
+        cuda=sampler.device.type == "cuda",
+        batch_size=sampler.batch_size,
+        feature_extractor_weights_path=args.inception_weights,
+        save_cpu_ram=True,  # without worker processes, which indexing an array does not need
+        verbose=False,
+    )
+    return {
+        "reference": describe(data, "train"),
+        "num_reference": len(reference),
+        "num_samples": len(images),
+        "sampler": origin,
+        "fid": metrics["frechet_inception_distance"],
+    }
+
+
+def sample_images(sampler: Sampler, count: int, compile: str) -> np.ndarray:
+    """uint8 [count, C, H, W]."""
+    calls = count / sampler.batch_size * sampler.steps
+    maybe_compile(compile, sampler.device, calls, sampler.ddpm.model)
+    return np.concatenate([batch.numpy() for _, batch in sampler.batches(range(count))])
+
+
+def describe_sampler(sampler: Sampler) -> str:
+    T = sampler.config.timesteps
+    if is_algorithm_2(T, sampler.steps, sampler.eta):
+        name = f"Algorithm 2, {sampler.config.variance}"
+    else:
+        name = f"DDIM, eta {sampler.eta or 0.0:g}, {sampler.spacing} spacing"
+    return f"{name}, {sampler.steps} of {T} steps, seed {sampler.seed}, {sampler.precision}"
 
 
 def load_inception(weights: str | None) -> ModuleType:
@@ -124,11 +254,14 @@ def load_inception(weights: str | None) -> ModuleType:
         if weights:  # torch-fidelity itself would run code that is in the file
             torch.load(weights, map_location="cpu", weights_only=True)
         inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
-    except Exception as error:  # of what a download or a damaged file may raise there is no list
+    except Exception as error:  # a download or a damaged file may raise anything
         reason = " ".join(str(error).split())[:200]
-        problem = f"{weights} does not hold them" if weights else "they could not be downloaded"
-        raise UserError(f"--metric fid needs the weights of Inception, and {problem} ({reason}): get "
-                        f"{inception.URL_INCEPTION_V3} and name it with --inception_weights FILE") from error
+        problem = "they could not be downloaded"
+        if weights:
+            problem = f"{weights} does not hold them"
+        raise UserError(
+            f"--metric fid needs the weights of Inception, and {problem} ({reason}): get "
+            f"{inception.URL_INCEPTION_V3} and name it with --inception_weights FILE") from error
     return torch_fidelity
 
 
@@ -145,44 +278,63 @@ class InceptionImages(torch.utils.data.Dataset):
         return torch.tensor(self.images[i]).expand(3, -1, -1)
 
 
-def describe(config: Config, split: str) -> str:
-    return f"{config.data}, {f'{split} set' if config.data in (*DOWNLOADS, 'shapes') else 'the whole folder'}"
+def describe(data: Config, split: str) -> str:
+    has_splits = data.data in (*DOWNLOADS, "shapes")
+    return f"{data.data}, {split} set" if has_splits else f"{data.data}, the whole folder"
 
+
+# The command line
 
 METRICS = {"bpd": bpd, "fid": fid}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = CommandLine(__doc__, "python evaluate.py --metric bpd|fid [--checkpoint FILE] [--FLAG X ...]")
-    add = parser.add_argument
-    add("--metric", choices=METRICS, required=True, help="bpd: bits per dimension, fid: Frechet distance")
-    add("--data", metavar="NAME", help="a data set or a folder (default: what the checkpoint was trained on)")
+    usage = "python evaluate.py --metric bpd|fid [--checkpoint FILE] [--FLAG X ...]"
+    parser = CommandLine(__doc__, usage)
+    add, add_number = parser.add_argument, parser.add_number
+    add("--metric", choices=METRICS, required=True,
+        help="bpd: bits per dimension, fid: Frechet distance")
+    add("--data", metavar="NAME",
+        help="a data set or a folder (default: what the checkpoint was trained on)")
     add("--data_dir", metavar="DIR", help="where downloads are kept (default: as in training)")
-    add("--num_images", metavar="N", type=int, help="bpd: N images, spread evenly (default: all)")
-    add("--timesteps_per_image", metavar="K", type=int, help="bpd: estimate the rate from K (default: all of them)")
-    add("--num_samples", metavar="N", type=int, help="fid: images to make (default: 50000), or to take of --images")
+    add_number("--num_images", int, "bpd: N images, spread evenly (default: all)", least=1)
+    add_number("--timesteps_per_image", int,
+               "bpd: estimate the rate from K (default: all of them)", least=1, metavar="K")
+    add_number("--num_samples", int,
+               "fid: images to make (default: 50000), or to take of --images", least=2)
     add("--images", metavar="DIR", type=Path, help="fid: of these images, instead of making some")
-    add("--inception_weights", metavar="FILE", help="fid: default: torch-fidelity downloads them")
+    add("--inception_weights", metavar="FILE",
+        help="fid: default: torch-fidelity downloads them")
     add("--json", metavar="FILE", type=Path, help="write what is printed here too")
     add_shared_flags(parser)
     args = parser.parse_args(argv)
-    check_bounds(parser, args, num_images=1, timesteps_per_image=1, num_samples=2)
+
+    if args.metric == "bpd":
+        parser.refuse_without_effect(args, "with --metric bpd", "num_samples", "images",
+                                     "inception_weights", "steps", "eta", "spacing")
+    else:
+        parser.refuse_without_effect(args, "with --metric fid", "num_images", "timesteps_per_image")
+    if args.images:
+        parser.refuse_without_effect(args, "with --images", "steps", "eta", "spacing", "variance")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    device = select_device(args.device)
-    path = args.checkpoint or newest_checkpoint(args.run_dir)
-    model, config, step = load_network(path, device)
-    config = replace(config, data=args.data or config.data, data_dir=args.data_dir or config.data_dir)
-    precision = select_precision(args.precision, device, config.dim)
-    model.to(memory_format=memory_format(device, precision))
-    result = METRICS[args.metric](DDPM(model, config).to(device), config, args, precision)
-    fields = {"metric": args.metric, "checkpoint": str(path), "step": step, **result}
+    sampler = Sampler(args)
+    trained_on = sampler.config
+    data = replace(trained_on, data=args.data or trained_on.data,
+                   data_dir=args.data_dir or trained_on.data_dir)
+    with autocast(sampler.device, sampler.precision):
+        result = METRICS[args.metric](sampler, data, args)
+    fields = {
+        "metric": args.metric,
+        "checkpoint": str(sampler.path),
+        "step": sampler.training_steps,
+    }
+    for name, value in result.items():
+        fields[name] = float(f"{value:.6g}") if isinstance(value, float) else value
     for name, value in fields.items():
-        if isinstance(value, float):
-            fields[name] = value = float(f"{value:.6g}")
         print(f"{name:<20} {value!s:<12} {REMARKS.get(name, '')}".rstrip())
     if args.json:
         write_json(args.json, fields)

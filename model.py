@@ -3,7 +3,8 @@
     model = UNet(Config())
     pred_noise = model(x_t, t)      # x_t [B, C, H, W] float, t [B] int64 -> [B, C, H, W] float32
 
-Shapes are written in a column as [B, channels, size]; maps are square, S is their size, dim the base width.
+Shapes are written in a column as [B, channels, size]; maps are square, S is their size, dim the
+base width.
 """
 
 import math
@@ -17,7 +18,10 @@ from config import Config
 
 
 class UNet(nn.Module):
-    """The network of appendix B: down through the levels, each half the size of the last, and up again with skips."""
+    """The network of appendix B: down through levels, each half the size of the last, and up again.
+
+    Self-attention is at the sizes of attn_resolutions, and always in the middle.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -33,11 +37,12 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.channels, dim, 3, padding=1)
 
         size, width = config.image_size, dim
-        skips = [dim]  # widths of what the way down leaves for the way up
+        skips = [dim]  # widths of the skip connections
         self.down = nn.ModuleList()
         for level, out_width in enumerate(widths):
+            attends = size in config.attn_resolutions
             for _ in range(config.num_res_blocks):
-                self.down.append(res_block(width, out_width, size in config.attn_resolutions))
+                self.down.append(res_block(width, out_width, attends))
                 width = out_width
                 skips.append(width)
             if level < len(widths) - 1:
@@ -49,8 +54,9 @@ class UNet(nn.Module):
 
         self.up = nn.ModuleList()
         for level, out_width in reversed(list(enumerate(widths))):
+            attends = size in config.attn_resolutions
             for _ in range(config.num_res_blocks + 1):
-                self.up.append(res_block(width + skips.pop(), out_width, size in config.attn_resolutions))
+                self.up.append(res_block(width + skips.pop(), out_width, attends))
                 width = out_width
             if level > 0:
                 self.up.append(Upsample(width))
@@ -73,13 +79,16 @@ class UNet(nn.Module):
             if isinstance(block, ResBlock):
                 h = torch.cat([h, skips.pop()], dim=1)   # [B, both widths, S / 2^i]
             h = block(h, emb)
-        # The output is fp32 whatever the precision: at t near T, x_0 magnifies its rounding 157 times.
+        # In fp32 whatever the precision: predict_x_start multiplies its rounding by up to 157.
         with full_precision(h):
             return self.conv_out(F.silu(self.norm_out(h.float())))
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Xavier-uniform weights, zero biases; what ends a branch or the network starts at zero, so the loss at 1."""
+        """Xavier-uniform weights, zero biases; what ends a branch or the network starts at zero.
+
+        So the network predicts no noise at first, and the first loss is 1.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -88,14 +97,17 @@ class UNet(nn.Module):
             if isinstance(module, ResBlock):
                 nn.init.zeros_(module.conv2.weight)
             elif isinstance(module, Attention):
-                for weight in module.qkv.weight.chunk(3):  # three layers in one, each with a fan of its own
+                for weight in module.qkv.weight.chunk(3):  # q, k, v: each third by its own fan
                     nn.init.xavier_uniform_(weight)
                 nn.init.zeros_(module.proj.weight)
         nn.init.zeros_(self.conv_out.weight)
 
 
 class TimeEmbedding(nn.Module):
-    """t [B] -> a vector [B, 4 dim], by way of sinusoids; in fp32, since bf16 cannot tell t = 997 from 998."""
+    """t [B] -> a vector [B, 4 dim], by way of sinusoids.
+
+    In fp32, since bf16 cannot tell t = 997 from 998.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -111,22 +123,30 @@ class TimeEmbedding(nn.Module):
 def full_precision(x: Tensor) -> AbstractContextManager:
     """Autocast off, on the kinds of device that have it."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    if torch.amp.is_autocast_available(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
     """sin and cos of t [B] at dim / 2 frequencies falling from 1 to 1/10000 -> [B, dim] float32."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1))
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(10000) * i / (half - 1))
     angles = t.float()[:, None] * frequencies            # [B, dim / 2]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class ResBlock(nn.Module):
-    """h [B, in_width, S, S], emb [B, emb_width] -> [B, out_width, S, S]; with self-attention after it where asked."""
+    """x [B, in_width, S, S], emb [B, emb_width] -> [B, out_width, S, S].
 
-    def __init__(self, in_width: int, out_width: int, emb_width: int, groups: int, dropout: float,
-                 attention: bool) -> None:
+    With self-attention after it where asked.
+    """
+
+    def __init__(
+        self, in_width: int, out_width: int, emb_width: int, groups: int, dropout: float,
+        attention: bool,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_width, eps=1e-6)
         self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
@@ -134,7 +154,9 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, out_width, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else nn.Identity()
+        self.shortcut = nn.Identity()
+        if in_width != out_width:
+            self.shortcut = nn.Conv2d(in_width, out_width, 1)
         self.attention = Attention(out_width, groups) if attention else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -145,7 +167,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every pixel looks at every other: one head of the full width over the H * W pixels of x [B, width, H, W]."""
+    """Every pixel looks at every other: one head of the full width, x [B, width, S, S]."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -154,21 +176,26 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)                # [B, H W, width]
-        q, k, v = self.qkv(tokens)[:, None].chunk(3, dim=-1)            # [B, 1, H W, width] each
-        h = attend(q, k, v)[:, 0]                                       # [B, H W, width]
+        tokens = self.norm(x).flatten(2).transpose(1, 2)                # [B, S S, width]
+        q, k, v = self.qkv(tokens)[:, None].chunk(3, dim=-1)            # [B, 1, S S, width] each
+        h = attend(q, k, v)[:, 0]                                       # [B, S S, width]
         return x + self.proj(h).transpose(1, 2).reshape(x.shape)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(width)) v of [B, 1, tokens, width] each."""
-    if q.device.type == "cpu" and q.dtype != torch.float32:  # there PyTorch's own kernel takes three times as long
-        return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
+    if q.device.type == "cpu" and q.dtype != torch.float32:
+        # There PyTorch's own kernel takes three times as long.
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class Downsample(nn.Module):
-    """[B, width, S, S] -> [B, width, S / 2, S / 2].  Padding on the right and below only, as in the paper's code."""
+    """[B, width, S, S] -> [B, width, S / 2, S / 2].
+
+    Padded on the right and below only, as in the paper's code.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()

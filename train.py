@@ -9,156 +9,122 @@
 
 import copy
 import math
-import os
-import signal
-from contextlib import nullcontext
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from checkpoint import latest_path, load_checkpoint, load_weights, read_config
-from config import CommandLine, Config, UserError, derive_seed
-from data import Batches, load_images, progress_bar
+from config import Config
+from data import Batches, load_images, mirror_half, to_picture
 from ddpm import DDPM
-from device import autocast, maybe_compile, memory_format, run, select_device, select_precision, start_processes
 from model import UNet
-from record import Metrics, RunFiles
-
-# What the weights and the diffusion are made of: a resumed run cannot change it.
-FIXED = ("image_size", "channels", "dim", "dim_mults", "num_res_blocks", "attn_resolutions",
-         "timesteps", "beta_schedule", "beta_start", "beta_end", "variance")
-MAX_SKIPPED = 20  # steps in a row that fp16's scaler may skip
-
-
-def train(config: Config, state: dict[str, Any] | None, rank: int, world_size: int, tensorboard: bool) -> int:
-    """Train to the end or until a signal, from the state of a latest.pth where one is given.  The exit status."""
-    stop = StopSignal()
-    device = select_device(config.device)
-    precision = select_precision(config.precision, device, config.dim)
-    images = load_in_turn(config, rank, world_size)
-    batches = Batches(images, config, device, rank, world_size)
-    total_steps = config.max_steps or math.ceil(config.epochs * len(images) / config.batch_size)
-
-    torch.manual_seed(derive_seed("weights", config.seed))
-    model = UNet(config).to(device, memory_format=memory_format(device, precision))
-    ema = copy.deepcopy(model).eval()
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    metrics = Metrics(config.timesteps, device)
-    step = 0
-    if state is not None:
-        step = state["step"]
-        for network, key in ((model, "model"), (ema, "ema")):
-            load_weights(network, state[key], latest_path(config))
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        if rank == 0:
-            metrics.sums.copy_(state["sums"])
-
-    files = RunFiles(config, step, tensorboard) if rank == 0 else None
-    network = DistributedDataParallel(model) if world_size > 1 else model
-    maybe_compile(config.compile, device, total_steps - step, network, ema)
-    ddpm, ddpm_ema = DDPM(network, config).to(device), DDPM(ema, config).to(device)
-    if files:
-        print(describe(config, model, images, step, total_steps, device, precision, world_size))
-        if step >= total_steps and files.final.exists():
-            print(f"already finished: {files.final}")
-            return 0
-
-    def weights() -> dict[str, Any]:
-        return {"config": asdict(config), "step": step, "ema": ema.state_dict()}
-
-    def save_latest() -> None:
-        files.save(files.latest, {**weights(), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                  "scaler": scaler.state_dict(), "sums": metrics.sums})
-
-    bar = progress_bar(total=total_steps * config.batch_size, initial=step * config.batch_size, unit=" images",
-                       unit_scale=True, disable=rank > 0)
-    skipped = 0
-    while True:
-        if files and files.grid_is_due(step):
-            metrics.check_finite()
-            files.save_grid(step, ddpm_ema, autocast(device, precision), lambda: bool(stop.number))
-        if step >= total_steps or (stop.number and files):
-            break
-
-        done = train_step(ddpm, ema, optimizer, scaler, batches, step, precision)
-        skipped = 0 if done else skipped + 1
-        if skipped == MAX_SKIPPED:
-            raise UserError(f"fp16 overflowed {skipped} times in a row at step {step + 1}: try --precision bf16 "
-                            "or fp32, or a lower --learning_rate")
-        if not done:
-            continue
-        step += 1
-
-        metrics.add(step, *done)
-        bar.update(config.batch_size)
-        if step % config.log_every == 0:
-            epoch = step * config.batch_size // len(images)
-            row = metrics.row(step, epoch, learning_rate(config, step - 1), config.batch_size)
-            if files:
-                files.write_row(row)
-        if step % config.log_every == 0 or device.type == "cpu":  # reading the loss of a GPU would wait for it
-            bar.set_postfix_str(f"step {step:,}/{total_steps:,}, loss {metrics.smoothed.item():.4f}", refresh=False)
-        if files and (epoch := kept_epoch(config, step, len(images))):
-            metrics.check_finite()
-            files.save(files.checkpoints / f"checkpoint_epoch_{epoch}.pth", weights())
-        if files and files.latest_is_due():
-            metrics.check_finite()
-            save_latest()
-
-    bar.close()
-    if not files:
-        return 0
-    metrics.check_finite()
-    save_latest()
-    if step >= total_steps:
-        files.save(files.final, weights())
-        print(f"finished {step:,} steps: {files.final}")
-        return files.status()
-    print(f"stopped after {step:,} of {total_steps:,} steps: {files.latest}; the same command with --resume goes on")
-    return 128 + stop.number
+from utils.checkpoint import (
+    checkpoints_of,
+    latest_path,
+    load_weights,
+    open_run,
+    resumed_config,
+    save_checkpoint,
+)
+from utils.cli import CommandLine, StopSignal, UserError, progress_bar, run
+from utils.device import (
+    autocast,
+    first_process_first,
+    from_first_process,
+    maybe_compile,
+    memory_format,
+    select_device,
+    select_precision,
+    start_processes,
+)
+from utils.files import PatientWriter, remove_left_overs, save_png
+from utils.metrics import Metrics, MetricsFile
+from utils.randomness import ImageNoise, derive_seed
 
 
-def train_step(ddpm: DDPM, ema: UNet, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batches: Batches,
-               step: int, precision: str) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Algorithm 1, once: the losses [B] and their t [B], and the norm of the gradient.  Only fp16 waits for the device.
+class TrainingState:
+    """All that training changes: what latest.pth holds, besides the config and the metrics."""
 
-    None where fp16 overflowed: the scaler has left the weights alone and lowered its scale; take the same step again.
+    def __init__(self, config: Config, device: torch.device, precision: str) -> None:
+        torch.manual_seed(derive_seed("weights", config.seed))
+        model = UNet(config).to(device, memory_format=memory_format(device, precision))
+        self.model = model
+        self.ema = copy.deepcopy(model).eval()
+        self.optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.step = 0  # updates done
+        self.images_seen = 0  # the position in the data
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "ema": self.ema.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, content: dict[str, Any], path: Path) -> None:
+        """From the content of the latest.pth at path.  Raises UserError where it does not fit."""
+        load_weights(self.model, content["model"], path)
+        load_weights(self.ema, content["ema"], path)
+        self.optimizer.load_state_dict(content["optimizer"])
+        if content["scaler"]:
+            self.scaler.load_state_dict(content["scaler"])
+        self.step = content["step"]
+        # Earlier versions did not count the images: their batch size never changed.
+        before = content["step"] * content["config"]["batch_size"]
+        self.images_seen = content.get("images_seen", before)
+
+
+def train_step(
+    ddpm: DDPM, state: TrainingState, batches: Batches, config: Config, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 1, once: the losses [B], their t [B], and the norm of the gradient.
+
+    Nothing in it waits for a GPU, but for fp16's scaler.
     """
-    config, device = batches.config, batches.device
-    torch.manual_seed(derive_seed("step", config.seed, step, batches.rank))
-    x_start = batches(step)
-    t = torch.randint(config.timesteps, x_start.shape[:1], device=device)
-    noise = torch.randn_like(x_start)
-    losses = []
-    for micro_batch in zip(*(tensor.chunk(config.grad_accum) for tensor in (x_start, t, noise))):
-        last = len(losses) == config.grad_accum - 1
-        with nullcontext() if last or batches.world_size == 1 else ddpm.model.no_sync():
-            with autocast(device, precision):
-                losses.append(ddpm.loss_per_image(*micro_batch))
-            scaler.scale(losses[-1].mean() / config.grad_accum).backward()
-    scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(ddpm.model.parameters(), config.grad_clip or math.inf)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
-    scale = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    if scaler.get_scale() < scale:
-        return None
-    ema_decay = min(config.ema_decay, (1 + step) / (10 + step))  # the ramp forgets the random initial weights
-    get_ema_multi_avg_fn(ema_decay)(list(ema.parameters()), list(ddpm.model.parameters()), None)
-    return torch.cat(losses).detach(), t, grad_norm
+    # All that is random below follows from the step: a resumed run needs no generator's state.
+    torch.manual_seed(derive_seed("step", config.seed, state.step, batches.rank))
+    x_start = batches(state.images_seen)
+    if config.horizontal_flip:
+        x_start = mirror_half(x_start)
+
+    losses, timesteps = [], []
+    micro_batches = x_start.chunk(config.grad_accum)
+    for i, micro_batch in enumerate(micro_batches):
+        if isinstance(ddpm.model, DistributedDataParallel):
+            # The processes exchange gradients once per step, with the last micro-batch.
+            is_last = i == len(micro_batches) - 1
+            ddpm.model.require_backward_grad_sync = is_last
+        with autocast(x_start.device, precision):
+            micro_losses, t = ddpm.training_losses(micro_batch)
+        loss = micro_losses.mean() / len(micro_batches)
+        state.scaler.scale(loss).backward()
+        losses.append(micro_losses.detach())
+        timesteps.append(t)
+
+    state.scaler.unscale_(state.optimizer)
+    max_norm = config.grad_clip or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), max_norm)
+    if state.scaler.is_enabled():
+        # Where fp16 overflows the scaler skips the update and lowers its scale; the step counts.
+        grad_norm = grad_norm.nan_to_num(0.0, 0.0, 0.0)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    update_ema(state.ema, state.model, ema_decay(config, state.step))
+
+    state.step += 1
+    state.images_seen += config.batch_size
+    return torch.cat(losses), torch.cat(timesteps), grad_norm
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -166,103 +132,211 @@ def learning_rate(config: Config, step: int) -> float:
     return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
 
 
-def kept_epoch(config: Config, step: int, num_images: int) -> int:
-    """The epoch, a multiple of save_every, that ended with this step; 0 where none did."""
-    before, now = ((s * config.batch_size // num_images) // (config.save_every or math.inf) for s in (step - 1, step))
-    return int(now) * config.save_every if now > before else 0
+def ema_decay(config: Config, step: int) -> float:
+    """Ramped up from 0.1, so that the average forgets the random first weights.
+
+    The ramp meets 0.9999 after 89,990 steps, 58 % of the default run.
+    """
+    return min(config.ema_decay, (1 + step) / (10 + step))
 
 
-class StopSignal:
-    """SIGINT and SIGTERM: the first asks the loop to stop after its step, a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if self.number:
-            os._exit(128 + number)
-        self.number = number
+@torch.no_grad()
+def update_ema(ema: UNet, model: UNet, decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * model, for each parameter, in fp32."""
+    # lerp for all of them at once: a few kernels instead of hundreds.
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def load_in_turn(config: Config, rank: int, world_size: int) -> np.ndarray:
-    """The first process downloads and decodes, then the first one of every machine, and the others find it done."""
-    if world_size == 1:
-        return load_images(config)
-    images = None
-    for my_turn in (rank == 0, os.environ["LOCAL_RANK"] == "0", True):
-        if my_turn and images is None:
-            images = load_images(config)
-        dist.barrier()
-    return images
+def train(
+    config: Config, saved: dict[str, Any], tensorboard: bool, rank: int, world_size: int
+) -> int:
+    """Train to the end or until a signal, from a saved state where there is one: the exit status.
+
+    Rank 0 writes the files and speaks.
+    """
+    stop = StopSignal()
+    run_dir = Path(config.run_dir)
+    device = select_device(config.device)
+    precision = select_precision(config.precision, device, config.dim)
+    images = first_process_first(lambda: load_images(config))
+    batches = Batches(images, config, device, rank, world_size)
+    state = TrainingState(config, device, precision)
+    if saved:
+        state.load_state_dict(saved, latest_path(run_dir))
+    metrics = Metrics(config.timesteps, device, state.images_seen)
+    if saved and rank == 0:
+        metrics.sums.copy_(saved["sums"])
+    first_step = state.step
+    total_steps = count_steps(config, state, len(images))
+
+    network = DistributedDataParallel(state.model) if world_size > 1 else state.model
+    maybe_compile(config.compile, device, total_steps - first_step, network, state.ema)
+    ddpm = DDPM(network, config).to(device)
+    ddpm_ema = DDPM(state.ema, config).to(device)
+
+    writer = PatientWriter()
+    final = checkpoints_of(run_dir) / "final_model.pth"
+    if rank == 0:
+        make_folders(run_dir)
+        metrics_file = MetricsFile(run_dir / "metrics.csv", first_step, tensorboard, writer)
+        print(describe(config, state, images.shape, total_steps, device, precision, world_size))
+    if first_step >= total_steps and final.exists():
+        if rank == 0:
+            print(f"already finished: {final}")
+        return 0
+
+    def save_latest() -> None:
+        metrics.check_finite(state.step)
+        content = {"config": asdict(config), "sums": metrics.sums, **state.state_dict()}
+        writer.write(latest_path(run_dir), lambda path: save_checkpoint(content, path))
+
+    def save_weights(path: Path) -> None:
+        metrics.check_finite(state.step)
+        content = {"config": asdict(config), "step": state.step, "ema": state.ema.state_dict()}
+        writer.write(path, lambda path: save_checkpoint(content, path))
+
+    last_save = time.monotonic()
+    images_ahead = (total_steps - first_step) * config.batch_size
+    bar = progress_bar(total=state.images_seen + images_ahead, initial=state.images_seen,
+                       unit=" images", unit_scale=True, disable=rank > 0)
+    while True:
+        if rank == 0 and grid_is_due(config, state.step, first_step):
+            metrics.check_finite(state.step)
+            save_grid(ddpm_ema, config, state.step, precision, writer, stop)
+        if state.step >= total_steps or stop.requested():
+            break
+
+        losses, t, grad_norm = train_step(ddpm, state, batches, config, precision)
+        metrics.add(losses, t, grad_norm)
+        bar.update(config.batch_size)
+        row_is_due = state.step % config.log_every == 0
+        if row_is_due:  # of all processes together
+            lr = learning_rate(config, state.step - 1)
+            row = metrics.row(state.step, state.images_seen, len(images), lr)
+        if rank > 0:
+            continue
+
+        if row_is_due:
+            metrics_file.write_row(row)
+        if row_is_due or device.type == "cpu":  # reading the loss of a GPU would wait for it
+            metrics.check_finite(state.step)
+            loss = f"loss {metrics.smoothed.item():.4f}"
+            bar.set_postfix_str(f"step {state.step:,}/{total_steps:,}, {loss}", refresh=False)
+        if epoch := kept_epoch(config, state.images_seen, len(images)):
+            save_weights(checkpoints_of(run_dir) / f"checkpoint_epoch_{epoch}.pth")
+        if time.monotonic() - last_save >= 60 * config.save_minutes:
+            save_latest()
+            last_save = time.monotonic()
+    bar.close()
+
+    finished = state.step >= total_steps
+    if rank == 0:
+        save_latest()
+        if finished:
+            save_weights(final)
+            print(f"finished {state.step:,} steps: {final}")
+        else:
+            print(f"stopped after {state.step:,} of {total_steps:,} steps: {latest_path(run_dir)}; "
+                  "the same command with --resume goes on")
+    if not finished:
+        return 128 + stop.number
+    return 1 if writer.unwritten else 0
 
 
-def describe(config: Config, model: UNet, images: np.ndarray, step: int, total_steps: int, device: torch.device,
-             precision: str, world_size: int) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    size = f"{config.image_size} x {config.image_size} x {config.channels}"
-    return (f"training a U-Net of {parameters:,} parameters on {len(images):,} images of {config.data} ({size})\n"
-            f"steps {step:,} to {total_steps:,} of {config.batch_size} images on {world_size} x {name} in {precision}\n"
-            f"writing checkpoints/, samples/ and metrics.csv under {config.run_dir}")
+def count_steps(config: Config, state: TrainingState, num_images: int) -> int:
+    """The number of the last step.  Where epochs decide, what is left of them is trained."""
+    if config.max_steps:
+        return config.max_steps
+    images_left = config.epochs * num_images - state.images_seen
+    return state.step + max(0, math.ceil(images_left / config.batch_size))
 
 
-def open_run(config: Config, resume: bool) -> dict[str, Any] | None:
-    """The state to go on from.  Raises UserError where starting would write over a run."""
-    latest = latest_path(config)
-    kept = [*latest.parent.glob("*.pth")]
-    if resume and latest.exists():
-        state = load_checkpoint(latest)
-        if missing := {"model", "optimizer", "scaler", "sums"} - state.keys():
-            raise UserError(f"{latest} cannot be resumed from: it lacks {', '.join(sorted(missing))}")
-        return state
-    if kept and resume:
-        raise UserError(f"{latest.parent} holds checkpoints but no latest.pth to resume from: choose another --run_dir")
-    if (kept or (Path(config.run_dir) / "metrics.csv").exists()) and not resume:
-        raise UserError(f"{config.run_dir} already holds a run: go on with --resume, or choose another --run_dir")
-    return None
+def kept_epoch(config: Config, images_seen: int, num_images: int) -> int:
+    """The epoch, a multiple of save_every, that ended with the last step; 0 where none did."""
+    if not config.save_every:
+        return 0
+    images_per_checkpoint = config.save_every * num_images
+    before = (images_seen - config.batch_size) // images_per_checkpoint
+    now = images_seen // images_per_checkpoint
+    return now * config.save_every if now > before else 0
 
 
-def resumed_config(given: dict[str, Any], run_dir: str, saved: Config) -> Config:
-    """The settings of the checkpoint, changed by those that the command line gives; UserError where that cannot be."""
+def grid_path(config: Config, step: int) -> Path:
+    return Path(config.run_dir) / "samples" / f"sample_step_{step}.png"
+
+
+def grid_is_due(config: Config, step: int, first_step: int) -> bool:
+    """Also where a run was stopped while it drew one."""
+    if step == 0 or not config.sample_every or step % config.sample_every:
+        return False
+    drawn_before = step == first_step and grid_path(config, step).exists()
+    return not drawn_before
+
+
+def save_grid(
+    ddpm: DDPM, config: Config, step: int, precision: str, writer: PatientWriter, stop: StopSignal
+) -> None:
+    """Samples from the same noise at every step, with the EMA weights; none where it is stopped."""
+    device = ddpm.betas.device
+    shape = (config.channels, config.image_size, config.image_size)
+    noise = ImageNoise(config.seed, range(config.num_samples), shape, device)
+    steps = min(config.sample_steps, config.timesteps)
+    with autocast(device, precision):
+        for _, x in ddpm.sample_loop(noise.next(), steps, noise=noise):
+            if stop.number:
+                return
+    picture = to_picture(x)
+    writer.write(grid_path(config, step), lambda path: save_png(picture, path))
+
+
+def make_folders(run_dir: Path) -> None:
     try:
-        config = Config(**{**asdict(saved), **given, "run_dir": run_dir})
-    except ValueError as error:
-        raise UserError(f"with the settings of the checkpoint, {error}") from error
-    changes = {name: f"{name} {old} -> {getattr(config, name)}" for name, old in asdict(saved).items()
-               if getattr(config, name) != old and name != "run_dir"}
-    if wrong := [text for name, text in changes.items() if name in FIXED]:
-        raise UserError(f"the checkpoint is of another network or diffusion: {'; '.join(wrong)}; leave these flags "
-                        "out, or choose another --run_dir")
-    if changes:
-        print(f"resuming with changed settings: {'; '.join(changes.values())}")
-    return config
+        for folder in (checkpoints_of(run_dir), run_dir / "samples"):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_left_overs(folder)
+    except OSError as error:
+        raise UserError(f"run_dir={str(run_dir)!r} cannot be written: {error}") from error
+
+
+def describe(
+    config: Config, state: TrainingState, shape: tuple[int, ...], total_steps: int,
+    device: torch.device, precision: str, world_size: int,
+) -> str:
+    """What is trained on what, where; shape: of the images [N, C, H, W]."""
+    parameters = sum(p.numel() for p in state.model.parameters())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    count, channels, height, width = shape
+    return (
+        f"training a U-Net of {parameters:,} parameters on {count:,} images of {config.data} "
+        f"({width} x {height} x {channels})\n"
+        f"steps {state.step:,} to {total_steps:,} of {config.batch_size} images "
+        f"on {world_size} x {name} in {precision}\n"
+        f"writing checkpoints/, samples/ and metrics.csv under {config.run_dir}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = CommandLine(__doc__, "python train.py [--preset NAME] [--resume] [--SETTING VALUE ...]")
-    parser.add_argument("--resume", action="store_true", help="go on from latest.pth, or start where there is none")
-    parser.add_argument("--tensorboard", action="store_true", help="write the metrics to run_dir/tensorboard too")
+    usage = "python train.py [--preset NAME] [--resume] [--SETTING VALUE ...]"
+    parser = CommandLine(__doc__, usage)
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from latest.pth, or start where there is none")
+    parser.add_argument("--tensorboard", action="store_true",
+                        help="write the metrics to run_dir/tensorboard too")
     parser.add_settings()
     args = parser.parse_args(argv)
-    given = parser.given_settings(args)
-    try:
-        config = Config(**given)
-    except ValueError as error:
-        parser.error(str(error))
+    config = parser.config(args)
 
     rank, world_size = start_processes()
-    box = [open_run(config, args.resume) if rank == 0 else None]
-    if world_size > 1:
-        dist.broadcast_object_list(box)  # only the first machine need have the file
-    state = box[0]
-    if state:
-        config = resumed_config(given, config.run_dir, read_config(state, latest_path(config)))
-    if config.batch_size % (world_size * config.grad_accum):
-        raise UserError(f"batch_size={config.batch_size} does not divide among {world_size} processes with "
-                        f"grad_accum={config.grad_accum}: use a multiple of {world_size * config.grad_accum}")
-    return train(config, state, rank, world_size, args.tensorboard)
+    saved = from_first_process(lambda: open_run(config.run_dir, args.resume))
+    if saved:
+        given = parser.given_settings(args)
+        config = resumed_config(given, config.run_dir, saved, say=rank == 0)
+    parts = world_size * config.grad_accum
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide among {world_size} processes with "
+            f"grad_accum={config.grad_accum}: use a multiple of {parts}")
+    return train(config, saved, args.tensorboard, rank, world_size)
 
 
 if __name__ == "__main__":

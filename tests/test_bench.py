@@ -1,61 +1,159 @@
-"""Speed: bench.py measures what it says, compiling works or is done without, and the fast paths calculate the same."""
+"""Speed: the bench measures what it says, compiling works or is done without, and the fast paths
+calculate the same."""
 
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, called, flags, refused, script, tiny
+from helpers import TINY, called, environment, flags, random_unet, refused, script, succeeded, tiny
+from torch.utils.flop_counter import FlopCounterMode
 
-import device
-from bench import count_gflop
 from config import PRESETS, Config
-from device import has_bf16, memory_format, select_precision
-from model import UNet, attend
+from model import attend
+from tools import bench
+from utils import device
+from utils.cli import UserError
+from utils.device import has_bf16, memory_format, select_precision
 
 CPU = torch.device("cpu")
+BOTH = ("train", "sample")
 
 
-def bench(tmp_path, *extra, **settings):
-    return called("bench.py", *flags(**{**TINY, "rounds": 1, "seconds": 0.01, **settings}), *extra, cwd=tmp_path)
+def run_bench(tmp_path: Path, *extra: str, **settings) -> subprocess.CompletedProcess:
+    settings = {**TINY, "rounds": 1, "seconds": 0.01, **settings}
+    return called("tools.bench", *flags(**settings), *extra, cwd=tmp_path)
 
 
-def test_bench_measures_ours_and_the_peers(tmp_path):
-    result = bench(tmp_path, "--peers", json=tmp_path / "bench.json")
-    assert result.returncode == 0, result.stderr
+# tools.bench
+
+def test_bench_measures_ours_and_diffusers(tmp_path):
+    pytest.importorskip("diffusers")
+    result = succeeded(run_bench(tmp_path, "--peers", json="bench.json"))
     found = json.loads((tmp_path / "bench.json").read_text())
-    peers = ["diffusers_fp32", "denoising_diffusion_pytorch"] + ["diffusers_bf16"] * has_bf16(CPU)
-    measured = [peer for peer in peers if f"{peer} is left out: No module" not in result.stdout]
-    assert "diffusers_fp32" in measured and found["results"].keys() == {"ours", *measured}
-    assert found["ratios"].keys() == {f"{what}_vs_{peer}" for peer in measured for what in ("train", "sample")}
+    names = {"ours", "diffusers_fp32"}
+    if has_bf16(CPU):
+        names |= {"ours_bf16", "diffusers_bf16"}
+    assert found["results"].keys() == names
+    assert ("bf16 is left out" in result.stdout) == (not has_bf16(CPU))
+    others = names - {"ours"}
+    assert found["ratios"].keys() == {f"{what}_vs_{name}" for what in BOTH for name in others}
+
+    ours = found["results"]["ours"]
     for name, figures in found["results"].items():
-        assert name in result.stdout and figures["peak_memory_gb"] > 0.1
-        for what in ("train", "sample"):
-            assert figures[what] == figures["rounds"][what][0] > 0 and figures["first_seconds"][what] > 0
-    for peer in measured:
-        ratio = found["results"]["ours"]["train"] / found["results"][peer]["train"]
-        assert found["ratios"][f"train_vs_{peer}"] == pytest.approx(ratio)
-    assert found["results"]["diffusers_fp32"]["parameters"] == found["results"]["ours"]["parameters"]
-    assert found["tflops"]["train"] == pytest.approx(
-        found["results"]["ours"]["train"] * found["gflop"]["train"] / 1000)
-    assert all(peak > 0.001 for peak in found["peak_tflops"].values())
+        assert name in result.stdout
+        assert figures["parameters"] == ours["parameters"]
+        assert 0.1 < figures["peak_memory_gb"] < 10
+        for what in BOTH:
+            assert figures["rounds"][what] == [figures[what]]
+            assert figures[what] > 0
+    for name in others:
+        for what in BOTH:
+            ratio = ours[what] / found["results"][name][what]
+            assert found["ratios"][f"{what}_vs_{name}"] == pytest.approx(ratio)
+    for what in BOTH:
+        tflops = ours[what] * found["gflop"][what] / 1000
+        assert found["tflops"][what] == pytest.approx(tflops)
+        assert found["peak_tflops"][what] > 0.001
+    assert found["settings"].items() >= {"dim": 8, "timesteps": 30, "precision": "fp32"}.items()
+    assert (found["precision"], found["compiled"]) == ("fp32", False)
 
 
-def test_a_network_that_a_peer_does_not_have_is_left_out(tmp_path):
-    result = bench(tmp_path, "--peers", dim_mults=(2, 2))
-    assert result.returncode == 0 and "diffusers_fp32 is left out: dim_mults=(2, 2)" in result.stdout
+@pytest.mark.parametrize(("native", "precision", "peers", "expected"), [
+    (False, "fp32", True, "ours diffusers_fp32 convolution"),
+    (True, "fp32", False, "ours ours_bf16 convolution"),
+    (True, "bf16", True, "ours ours_fp32 diffusers_fp32 diffusers_bf16 convolution"),
+    (True, "fp16", False, "ours ours_fp32 ours_bf16 convolution"),
+])
+def test_who_takes_part(native, precision, peers, expected, tmp_path, monkeypatch):
+    measured = {}
+
+    def take_turns(contenders, rounds, seconds):
+        measured.update(contenders)
+        figures = {"parameters": 1, "train": 1.0, "sample": 1.0, "peak_memory_gb": 1.0}
+        return dict.fromkeys(contenders, figures)
+
+    monkeypatch.setattr(bench, "take_turns", take_turns)
+    for module in (bench, device):
+        monkeypatch.setattr(module, "has_bf16", lambda device: native)
+    monkeypatch.setattr(bench, "find_spec", lambda name: True)
+    # For the convolution of 16 images this grad_accum would be impossible.
+    settings = {"precision": precision, "batch_size": 6, "grad_accum": 3}
+    succeeded(run_bench(tmp_path, *["--peers"] * peers, **settings))
+    assert set(measured) == set(expected.split())
+    for name, (make, config, its_precision) in measured.items():
+        family, _, suffix = name.partition("_")
+        assert make is getattr(bench, family)
+        assert its_precision == (suffix or precision)
+        assert config.batch_size == (16 if make is bench.convolution else 6)
 
 
-def test_bench_refuses(tmp_path):
-    refused(bench(tmp_path, rounds=0), 2, "rounds=0")
-    refused(bench(tmp_path, dim=7), 2, "dim=7")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["ours", "diffusers", "convolution"])
+def test_a_turn(name, precision):
+    if name == "diffusers":
+        pytest.importorskip("diffusers")
+    figures = bench.measure(getattr(bench, name), tiny(batch_size=2), precision, seconds=0)
+    assert figures["train"] > 0
+    assert figures["sample"] > 0
+
+
+def test_ours_trains_and_samples():
+    config = tiny()
+    model, train, evaluations = bench.ours(config, "fp32")
+    before = model.conv_out.weight.clone()
+    train()
+    assert not torch.equal(model.conv_out.weight, before)
+    timesteps = [next(evaluations)[0] for _ in range(config.timesteps + 2)]
+    assert timesteps == [*range(29, -1, -1), 29, 28]  # one chain after another
+
+
+def dies(config: Config, precision: str) -> None:
+    os._exit(1)
+
+
+def test_a_process_that_dies_is_named():
+    with pytest.raises(UserError, match="the process of it died"):
+        bench.take_turns({"it": (dies, tiny(), "fp32")}, rounds=1, seconds=0)
+
+
+@pytest.mark.parametrize(("status", "settings", "word"), [
+    (2, {"rounds": 0}, "rounds=0"),
+    (2, {"seconds": "nan"}, "seconds=nan"),
+    (2, {"seconds": "inf"}, "seconds=inf"),
+    (2, {"dim": 7}, "dim=7"),
+    (1, {"json": "nowhere/bench.json"}, "nowhere/bench.json cannot be written"),
+    (1, {"json": ""}, "cannot be written"),
+])
+def test_bench_refuses(status, settings, word, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "take_turns", None)  # before anything is measured
+    refused(run_bench(tmp_path, **settings), status, word)
+
+
+def test_peers_that_cannot_be_had_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "take_turns", None)
+    monkeypatch.setattr(bench, "find_spec", lambda name: True)
+    refused(run_bench(tmp_path, "--peers", dim_mults=(2, 2)), 1, "dim_mults=(2, 2)")
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    refused(run_bench(tmp_path, "--peers"), 1, "pip install diffusers")
 
 
 def test_the_cost_of_the_paper_network():
-    gflop = count_gflop(Config(**PRESETS["paper"]))
-    assert gflop["sample"] == pytest.approx(12.44, abs=0.01) and gflop["train"] == pytest.approx(37.3, abs=0.05)
+    gflop = bench.count_gflop(Config(**PRESETS["paper"]))
+    assert gflop["sample"] == pytest.approx(12.44, abs=0.01)
+    assert gflop["train"] == pytest.approx(37.3, abs=0.05)
+
+
+def test_the_cost_of_the_convolution():
+    _, train, evaluations = bench.convolution(tiny(batch_size=2), "fp32")
+    for what, step in (("train", train), ("sample", lambda: next(evaluations))):
+        with FlopCounterMode(display=False) as counter:
+            step()
+        gflop = counter.get_total_flops() / 2 / 1e9
+        assert gflop == pytest.approx(bench.CONVOLUTION_GFLOP[what])
 
 
 # What is faster calculates the same
@@ -64,23 +162,31 @@ def test_attention_is_the_same_by_hand():
     q, k, v = torch.randn(3, 2, 1, 16, 32)
     exact = F.scaled_dot_product_attention(q, k, v)
     assert torch.equal(attend(q, k, v), exact)
-    assert (attend(q.bfloat16(), k.bfloat16(), v.bfloat16()) - exact).abs().max() < 0.03
+    by_hand = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert (by_hand - exact).abs().max() < 0.03
 
 
-def test_the_memory_format_changes_rounding_alone():
-    config = tiny(dropout=0.0)
-    model = UNet(config)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    x_t, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 20])
+def test_the_memory_format_changes_rounding_alone(shape):
+    model = random_unet(tiny())
+    x_t = torch.randn(shape)
+    t = torch.tensor([1, 20, 3, 29])
     plain = model(x_t, t)
-    assert (model.to(memory_format=torch.channels_last)(x_t, t) - plain).abs().max() < 1e-5 * plain.abs().max()
-    assert memory_format(CPU, "fp32") == memory_format(torch.device("cuda"), "bf16") == torch.channels_last
+    model.to(memory_format=torch.channels_last)
+    assert (model(x_t, t) - plain).abs().max() < 1e-5 * plain.abs().max()
+
+
+def test_in_16_bits_a_cpu_is_faster_without_channels_last():
     assert memory_format(CPU, "bf16") == torch.contiguous_format
+    assert memory_format(CPU, "fp32") == torch.channels_last
+    assert memory_format(torch.device("cuda"), "bf16") == torch.channels_last
 
 
-@pytest.mark.parametrize("native, dim, expected", [(True, 64, "bf16"), (True, 16, "bf16"), (True, 8, "fp32"),
-                                                   (False, 64, "fp32")])
+@pytest.mark.parametrize(("native", "dim", "expected"), [
+    (True, 64, "bf16"),
+    (True, 16, "bf16"),
+    (True, 8, "fp32"),
+    (False, 64, "fp32"),
+])
 def test_precision_auto(native, dim, expected, monkeypatch):
     monkeypatch.setattr(device, "has_bf16", lambda device: native)
     assert select_precision("auto", CPU, dim) == expected
@@ -88,28 +194,36 @@ def test_precision_auto(native, dim, expected, monkeypatch):
 
 # Compiling
 
-COMPILED = dict(dim_mults=(1,), attn_resolutions=(8,), max_steps=3, log_every=1, sample_every=3, compile="on")
+COMPILED = {
+    **TINY,
+    "dim_mults": (1,),
+    "attn_resolutions": (8,),
+    "max_steps": 3,
+    "log_every": 1,
+    "sample_every": 3,
+}
 
 
-def losses(run_dir) -> list[float]:
-    return [float(line.split(",")[2]) for line in (run_dir / "metrics.csv").read_text().splitlines()[1:]]
+def losses(run_dir: Path) -> list[float]:
+    rows = (run_dir / "metrics.csv").read_text().splitlines()[1:]
+    return [float(row.split(",")[2]) for row in rows]
 
 
-def compiled_run(tmp_path, **environment) -> subprocess.CompletedProcess:
-    """The same short run without and with --compile on; the latter. Their losses are equal."""
-    for name, compile in (("plain", "off"), ("compiled", "on")):
-        settings = flags(**{**TINY, **COMPILED, "compile": compile, "run_dir": tmp_path / name})
-        result = script("train.py", *settings, timeout=600, cwd=tmp_path,
-                        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), **environment})
-        assert result.returncode == 0, result.stderr
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+def compiled_run(tmp_path: Path, **changes: str) -> subprocess.CompletedProcess:
+    """The same short run without and with --compile on; the latter.  Their losses are equal."""
+    env = environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), **changes)
+    for setting in ("off", "on"):
+        line = flags(**COMPILED, compile=setting, run_dir=setting)
+        result = succeeded(script("train.py", *line, timeout=600, cwd=tmp_path, env=env))
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-4)
     return result
 
 
 def test_where_compiling_fails_it_says_so_and_goes_on(tmp_path):
     result = compiled_run(tmp_path, CXX="/bin/false")
-    warnings = [line for line in result.stderr.splitlines() if "torch.compile failed" in line]
-    assert 1 <= len(warnings) <= 2 and "Traceback" not in result.stderr  # one each for training and for the grid
+    warnings = result.stderr.count("torch.compile failed")
+    assert 1 <= warnings <= 2  # one each for training and for the grid
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.slow
@@ -117,8 +231,11 @@ def test_a_compiled_run_is_the_same_to_rounding(tmp_path):
     result = compiled_run(tmp_path)
     assert "torch.compile failed" not in result.stderr
     assert list((tmp_path / "cache").rglob("*.so"))
-    state = torch.load(tmp_path / "compiled/checkpoints/latest.pth", weights_only=True)
-    assert not any("_orig_mod" in key for weights in (state["ema"], state["model"]) for key in weights)
-    sampled = script("inference.py", "--run_dir", "compiled", "--num_samples", "2", "--compile", "on", timeout=600,
-                     cwd=tmp_path, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
-    assert sampled.returncode == 0 and (tmp_path / "outputs/samples.png").exists(), sampled.stderr
+    state = torch.load(tmp_path / "on/checkpoints/latest.pth", weights_only=True)
+    for key in [*state["ema"], *state["model"]]:
+        assert "_orig_mod" not in key
+
+    env = environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    line = flags(run_dir="on", num_samples=2, compile="on")
+    succeeded(script("inference.py", *line, timeout=600, cwd=tmp_path, env=env))
+    assert (tmp_path / "outputs/samples.png").exists()

@@ -3,17 +3,28 @@
 import io
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from helpers import tiny
 from PIL import Image
-from shape_checker import find_shape, share_of_shapes
 
 import data
-from config import UserError
-from data import Batches, data_order, load_images, to_float, to_square, to_uint8
+from config import Config
+from data import (
+    Batches,
+    data_order,
+    load_images,
+    mirror_half,
+    to_float,
+    to_picture,
+    to_square,
+    to_uint8,
+)
+from tools.shape_checker import find_shape, share_of_shapes
+from utils.cli import UserError
 
 CPU = torch.device("cpu")
 
@@ -25,44 +36,93 @@ def test_all_256_values_survive_the_round_trip():  # truncation gets 63 of them 
     assert to_uint8(torch.tensor([-3.0, 3.0, float("inf")])).tolist() == [0, 255, 255]
 
 
+def test_a_picture_is_rounded_too():
+    values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, -1, -1)
+    picture = np.asarray(to_picture(to_float(values), columns=2))
+    assert picture.shape == (20, 38, 3)
+    for left in (2, 20):
+        image = picture[2:18, left:left + 16].transpose(2, 0, 1)
+        assert np.array_equal(image, values[0].numpy())
+
+
 # Order
 
-@pytest.mark.parametrize("num_images, batch_size", [(10, 4), (1, 4), (3, 8), (8, 8), (7, 1)])
+@pytest.mark.parametrize(("num_images", "batch_size"), [(10, 4), (1, 4), (3, 8), (8, 8), (7, 1)])
 def test_every_epoch_shows_every_image_once(num_images, batch_size):
-    stream = np.concatenate([data_order(0, k * batch_size, batch_size, num_images) for k in range(60)])
-    for epoch in range(len(stream) // num_images):
-        assert sorted(stream[epoch * num_images:(epoch + 1) * num_images]) == list(range(num_images))
+    batches = [data_order(0, k * batch_size, batch_size, num_images) for k in range(60)]
+    stream = np.concatenate(batches)
+    epochs = [stream[i:i + num_images] for i in range(0, 60 * batch_size, num_images)]
+    if len(epochs[-1]) < num_images:
+        epochs.pop()
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(num_images))
     if num_images > 5:
-        assert not np.array_equal(stream[:num_images], stream[num_images:2 * num_images])
+        assert not np.array_equal(epochs[0], epochs[1])
 
 
-def test_the_batch_of_a_step_is_shared_among_ranks():
-    images, config = np.arange(11, dtype=np.uint8).reshape(11, 1, 1, 1), tiny(batch_size=6, horizontal_flip=False)
-    whole = Batches(images, config, CPU)(5)
-    parts = [Batches(images, config, CPU, rank, 3)(5) for rank in range(3)]
-    assert torch.equal(whole, torch.cat(parts)) and whole.shape == (6, 1, 1, 1)
+def test_the_order_depends_on_the_seed():
+    orders = {tuple(data_order(seed, 0, 10, 10)) for seed in range(3)}
+    assert len(orders) == 3
+
+
+@pytest.fixture
+def counted() -> np.ndarray:
+    """Eleven images of one pixel, all different."""
+    return np.arange(11, dtype=np.uint8).reshape(11, 1, 1, 1)
+
+
+def test_the_batch_of_a_step_is_shared_among_ranks(counted):
+    config = tiny(batch_size=6)
+    whole = Batches(counted, config, CPU)(5)
+    parts = [Batches(counted, config, CPU, rank, 3)(5) for rank in range(3)]
+    assert whole.shape == (6, 1, 1, 1)
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_a_batch_depends_on_the_images_seen_alone(counted):
+    whole = Batches(counted, tiny(batch_size=6), CPU)(20)
+    halves = Batches(counted, tiny(batch_size=3), CPU)
+    assert torch.equal(whole, torch.cat([halves(20), halves(23)]))
+
+
+def test_a_batch_is_the_images_in_their_order(counted):
+    batch = Batches(counted, tiny(batch_size=6), CPU)(3)
+    expected = counted[data_order(0, 3, 6, 11)]
+    assert batch.dtype == torch.float32
+    assert torch.equal(batch, to_float(torch.from_numpy(expected)))
 
 
 def test_half_of_the_images_are_mirrored():
-    images = np.zeros((400, 1, 1, 2), np.uint8)
-    images[..., 1] = 255
-    batch = Batches(images, tiny(batch_size=400), CPU)(0)
-    assert 140 < (batch[:, 0, 0, 0] == 1).sum() < 260
-    assert (Batches(images, tiny(batch_size=400, horizontal_flip=False), CPU)(0)[:, 0, 0, 0] == -1).all()
+    images = torch.zeros(400, 3, 2, 3)
+    images[..., 2] = 1
+    mirrored = mirror_half(images)
+    is_mirrored = mirrored[:, 0, 0, 0] == 1
+    assert 140 < is_mirrored.sum() < 260
+    assert torch.equal(mirrored[is_mirrored], images.flip(-1)[is_mirrored])
+    assert torch.equal(mirrored[~is_mirrored], images[~is_mirrored])
 
 
 # The built-in shapes and their checker
 
-@pytest.mark.parametrize("size", [16, 32])
-def test_the_checker_accepts_the_shapes_and_nothing_else(size):
-    shapes = load_images(tiny(image_size=size))[:1000]
-    assert share_of_shapes(shapes) > 0.99
+@pytest.fixture(params=[16, 32])
+def shapes(request) -> np.ndarray:
+    return load_images(tiny(image_size=request.param, attn_resolutions=()), "test")
+
+
+def test_the_checker_accepts_the_shapes(shapes):
+    assert share_of_shapes(shapes[:400]) > 0.99
     assert {find_shape(image) for image in shapes[:50]} == {"circle", "square", "triangle"}
+
+
+def test_the_checker_accepts_nothing_else(shapes):
     rng = np.random.default_rng(0)
-    assert share_of_shapes(rng.integers(0, 256, (200, 3, size, size), np.uint8)) == 0
-    assert share_of_shapes(np.full((2, 3, size, size), 20, np.uint8)) == 0
+    size = shapes.shape[-1]
+    random = rng.integers(0, 256, (200, 3, size, size), np.uint8)
+    assert share_of_shapes(random) == 0
+    blank = np.full((2, 3, size, size), 20, np.uint8)
+    assert share_of_shapes(blank) == 0
     blends = (shapes[:500].astype(int) + shapes[500:]) // 2
-    assert share_of_shapes(blends.astype(np.uint8)) < 0.06  # of the same kind, colour and place are some pairs
+    assert share_of_shapes(blends.astype(np.uint8)) < 0.06  # some pairs are nearly the same
     noisy = (shapes[:200] + rng.normal(0, 40, (200, 3, size, size))).clip(0, 255)
     assert share_of_shapes(noisy.astype(np.uint8)) < 0.02
     two = np.maximum(shapes[:500], shapes[500:])
@@ -70,110 +130,174 @@ def test_the_checker_accepts_the_shapes_and_nothing_else(size):
 
 
 def test_shapes_are_always_the_same_and_splits_differ():
-    config = tiny()
-    train, test = load_images(config), load_images(config, "test")
-    assert train.shape == (10_000, 3, 8, 8) and train.dtype == np.uint8 and np.array_equal(train, load_images(config))
+    train, test = load_images(tiny()), load_images(tiny(), "test")
+    assert train.shape == (10_000, 3, 8, 8)
+    assert train.dtype == np.uint8
+    again = data.draw_shapes.__wrapped__(100, 8, 3, "train")  # not the cached ones (conftest.py)
+    assert np.array_equal(train[:100], again)
     assert not np.array_equal(train[:len(test)], test)
-    assert load_images(tiny(channels=1)).shape == (10_000, 1, 8, 8)
+
+
+def test_shapes_in_grey():
+    assert load_images(tiny(channels=1), "test").shape == (1_000, 1, 8, 8)
 
 
 # Folders
 
 @pytest.fixture
-def folder(tmp_path):
-    """Nested, with upper-case and lower-case endings; one image of each colour value 10, 20, ..."""
+def folder(tmp_path) -> Path:
+    """Nested, with upper-case and lower-case endings; one image of each grey 10, 20, ..."""
+    names = ["x.png", "a/y.JPG", "a/b/z.WebP", "a/b/u.bmp", "a/v.tiff", "w.gif", "a/q.JPEG"]
     root = tmp_path / "pictures"
     (root / "a" / "b").mkdir(parents=True)
-    for i, name in enumerate(["x.png", "a/y.JPG", "a/b/z.WebP", "a/b/u.bmp", "a/v.tiff", "w.gif", "a/q.JPEG"]):
-        Image.new("RGB", (20, 12), (10 * i + 10,) * 3).save(root / name, lossless=True)
+    for i, name in enumerate(names):
+        grey = 10 * i + 10
+        Image.new("RGB", (20, 12), (grey, grey, grey)).save(root / name, lossless=True)
     (root / "notes.txt").write_text("not an image")
     return root
 
 
-def folder_config(folder, **changes):
+def config_of(folder: Path, **changes) -> Config:
     return tiny(data=str(folder), data_dir=str(folder.parent / "data"), **changes)
 
 
+def damage(folder: Path) -> None:
+    """Add two images that cannot be read."""
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (folder / "half.jpg").write_bytes((folder / "a/y.JPG").read_bytes()[:200])
+
+
 def test_a_folder_nested_and_of_any_format(folder):
-    images = load_images(folder_config(folder))
-    assert images.shape == (7, 3, 8, 8) and images.dtype == np.uint8
-    assert sorted(int(image.mean() + 0.5) for image in images) == pytest.approx([10, 20, 30, 40, 50, 60, 70], abs=2)
-    assert load_images(folder_config(folder, channels=1, image_size=16)).shape == (7, 1, 16, 16)
+    images = load_images(config_of(folder))
+    assert images.shape == (7, 3, 8, 8)
+    assert images.dtype == np.uint8
+    greys = sorted(image.mean() for image in images)
+    assert greys == pytest.approx([10, 20, 30, 40, 50, 60, 70], abs=2)
 
 
-def test_a_folder_is_decoded_once(folder, monkeypatch):
-    first = np.array(load_images(folder_config(folder)))
+def test_a_folder_in_grey_and_of_another_size(folder):
+    config = config_of(folder, channels=1, image_size=16, attn_resolutions=())
+    assert load_images(config).shape == (7, 1, 16, 16)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_folder_is_decoded_once(damaged, folder, monkeypatch):
+    if damaged:
+        damage(folder)
+    first = np.array(load_images(config_of(folder)))
     monkeypatch.setattr(data, "to_square", None)
-    assert np.array_equal(load_images(folder_config(folder)), first)
-    monkeypatch.undo()
+    again = load_images(config_of(folder))
+    assert np.array_equal(again, first)
+    assert isinstance(again, np.memmap)  # it may be larger than memory
+
+
+def test_a_folder_that_changed_is_decoded_anew(folder):
+    assert len(load_images(config_of(folder))) == 7
     Image.new("RGB", (20, 20)).save(folder / "new.png")
-    assert len(load_images(folder_config(folder))) == 8
+    assert len(load_images(config_of(folder))) == 8
+    (folder / "x.png").unlink()
+    assert len(load_images(config_of(folder))) == 7
 
 
-@pytest.mark.parametrize("damage", [lambda cache: cache.write_bytes(cache.read_bytes()[:-100]),
-                                    lambda cache: cache.write_bytes(b"")])
-def test_a_truncated_cache_is_made_anew(folder, damage):
-    first = np.array(load_images(folder_config(folder)))
-    (cache,) = (folder.parent / "data").glob("*.npy")
-    damage(cache)
-    assert np.array_equal(load_images(folder_config(folder)), first)
-    assert [path.suffix for path in cache.parent.iterdir()] == [".npy"]
+@pytest.mark.parametrize("lost", [1, 100, 8 * 8 * 3, 10**6])
+def test_a_truncated_cache_is_made_anew(lost, folder):
+    first = np.array(load_images(config_of(folder)))
+    (cache,) = (folder.parent / "data").glob("pictures-*.images")
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[:-lost])
+    assert np.array_equal(load_images(config_of(folder)), first)
+    assert list(cache.parent.iterdir()) == [cache]
+    assert cache.read_bytes() == whole
 
 
 def test_left_overs_of_a_killed_process_are_removed_once_they_are_old(folder):
     cache = folder.parent / "data"
     cache.mkdir()
-    for name, age in (("old.npy.1.tmp", 7200), ("young.npy.2.tmp", 60)):
+    for name, age in (("old.images.1.tmp", 7200), ("young.images.2.tmp", 60)):
         (cache / name).write_bytes(b"half")
-        os.utime(cache / name, (time.time() - age,) * 2)
-    load_images(folder_config(folder))
-    assert [path.name for path in cache.glob("*.tmp")] == ["young.npy.2.tmp"]
+        then = time.time() - age
+        os.utime(cache / name, (then, then))
+    load_images(config_of(folder))
+    assert [path.name for path in cache.glob("*.tmp")] == ["young.images.2.tmp"]
 
 
 def test_a_few_damaged_images_are_skipped_and_named(folder, capfd):
-    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    (folder / "half.jpg").write_bytes((folder / "a/y.JPG").read_bytes()[:200])
-    assert len(load_images(folder_config(folder))) == 7
-    assert "broken.png" in (err := capfd.readouterr().err) and "half.jpg" in err
+    damage(folder)
+    images = load_images(config_of(folder))
+    assert sorted(image.mean() for image in images) == pytest.approx(range(10, 80, 10), abs=2)
+    errors = capfd.readouterr().err
+    assert "broken.png" in errors
+    assert "half.jpg" in errors
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda f: f / "nowhere", ("nowhere", "cifar10")), (lambda f: f, ("no image",)),
-    (lambda f: (f / "bad.png").write_bytes(b"junk") and f, ("bad.png",))])
-def test_a_folder_without_images_is_refused(tmp_path, make, words):
-    root = tmp_path / "empty"
-    root.mkdir()
+@pytest.mark.parametrize(("name", "words"), [
+    ("nowhere", ["nowhere", "cifar10"]),
+    ("empty", ["no image"]),
+    ("bad", ["bad.png"]),
+])
+def test_a_folder_without_images_is_refused(name, words, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/bad.png").write_bytes(b"junk")
     with pytest.raises(UserError) as error:
-        load_images(folder_config(make(root)))
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+        load_images(config_of(tmp_path / name))
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
 
 
 # Every kind of picture
 
-def corner(image: Image.Image, **save) -> np.ndarray:
-    """The picture saved as a file, opened again and brought to 8 x 8."""
+def saved(image: Image.Image, **options) -> np.ndarray:
+    """The picture as a file, opened again and brought to 8 x 8."""
     file = io.BytesIO()
-    image.save(file, **save)
+    image.save(file, **options)
     return to_square(Image.open(file), 8, 3)
 
 
-def test_kinds_of_pictures():
-    ramp = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
-    grey = Image.fromarray(ramp)
-    assert np.array_equal(corner(grey, format="PNG"), np.stack([ramp] * 3))
-    sixteen = Image.fromarray(ramp.astype(np.uint16) * 257)
-    assert np.array_equal(corner(sixteen, format="PNG"), np.stack([ramp] * 3))  # Pillow would clip it to white
-    assert np.array_equal(corner(sixteen, format="TIFF"), np.stack([ramp] * 3))
+def colour(image: Image.Image, **options) -> list[int]:
+    """Of its first pixel."""
+    return saved(image, **options)[:, 0, 0].tolist()
+
+
+RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+
+
+def test_grey():
+    grey = Image.fromarray(RAMP)
+    assert np.array_equal(saved(grey, format="PNG"), np.stack([RAMP] * 3))
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_16_bits(format):  # Pillow would clip it to white
+    sixteen = Image.fromarray(RAMP.astype(np.uint16) * 257)
+    assert np.array_equal(saved(sixteen, format=format), np.stack([RAMP] * 3))
+
+
+def test_a_palette():
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
-    assert corner(palette, format="PNG")[:, 0, 0].tolist() == [10, 200, 30]
-    assert corner(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), format="PNG")[:, 0, 0].tolist() == [255, 255, 255]
-    assert corner(Image.new("RGBA", (8, 8), (9, 8, 7, 255)), format="PNG")[:, 0, 0].tolist() == [9, 8, 7]
-    assert corner(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), format="TIFF")[:, 0, 0].tolist() == [255, 0, 0]
-    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    assert corner(frames[0], format="GIF", save_all=True, append_images=frames[1:])[:, 0, 0].tolist() == [255, 0, 0]
+    assert colour(palette, format="PNG") == [10, 200, 30]
+
+
+def test_transparency_is_put_on_white():
+    assert colour(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), format="PNG") == [255, 255, 255]
+    assert colour(Image.new("RGBA", (8, 8), (9, 8, 7, 255)), format="PNG") == [9, 8, 7]
+
+
+def test_cmyk():
+    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert colour(red, format="TIFF") == [255, 0, 0]
+
+
+def test_of_an_animation_the_first_frame():
+    red, blue = (Image.new("RGB", (8, 8), name) for name in ("red", "blue"))
+    assert colour(red, format="GIF", save_all=True, append_images=[blue]) == [255, 0, 0]
+
+
+def test_floating_point_is_refused():
     with pytest.raises(ValueError, match="floating-point"):
-        corner(Image.fromarray(ramp.astype(np.float32)), format="TIFF")
+        saved(Image.fromarray(RAMP.astype(np.float32)), format="TIFF")
 
 
 def test_a_photograph_taken_sideways_is_turned_upright():
@@ -181,8 +305,9 @@ def test_a_photograph_taken_sideways_is_turned_upright():
     image.paste("white", (0, 0, 8, 4))  # white above
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    turned = corner(image, format="PNG", exif=exif)
-    assert turned[0, 0, 0] == 0 and turned[0, 7, 0] == 255
+    turned = saved(image, format="PNG", exif=exif)
+    assert turned[0, 0, 0] == 0
+    assert turned[0, 7, 0] == 255
 
 
 def test_resized_and_centre_cropped():
@@ -192,18 +317,36 @@ def test_resized_and_centre_cropped():
     assert to_square(image, 32, 1).shape == (1, 32, 32)
 
 
-def test_no_network_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no\nnetwork")))
-    for name, archive in (("cifar10", "cifar-10-python.tar.gz"), ("mnist", "MNIST/raw")):
-        with pytest.raises(UserError) as error:
-            load_images(tiny(data=name, data_dir=str(tmp_path)))
-        assert all(word in str(error.value) for word in (archive, str(tmp_path), "--data shapes"))
-        assert str(error.value).isprintable()  # one line, whatever torchvision says
+# Downloads
+
+@pytest.mark.parametrize(("name", "archive"), [
+    ("cifar10", "cifar-10-python.tar.gz"), ("mnist", "MNIST/raw"),
+    ("fashion_mnist", "FashionMNIST/raw")])
+def test_no_network_says_what_to_do(name, archive, monkeypatch, tmp_path):
+    def unreachable(*args, **options):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    with pytest.raises(UserError) as error:
+        load_images(tiny(data=name, data_dir=str(tmp_path)))
+    for word in (archive, str(tmp_path), "--data shapes"):
+        assert word in str(error.value)
+    assert str(error.value).isprintable()  # one line, whatever torchvision says
 
 
 def test_a_downloaded_data_set(monkeypatch, tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
-    fake = type("Fake", (), {"__init__": lambda self, root, train, download: setattr(self, "data", pictures)})
-    monkeypatch.setitem(data.DOWNLOADS, "cifar10", (fake, ""))
-    images = load_images(tiny(data="cifar10", data_dir=str(tmp_path)))
-    assert images.dtype == np.uint8 and np.array_equal(images, pictures.transpose(0, 3, 1, 2))
+    asked = []
+
+    class Fake:
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            asked.append((root, train, download))
+            self.data = pictures
+
+    monkeypatch.setitem(data.DOWNLOADS, "cifar10", (Fake, ""))
+    config = tiny(data="cifar10", data_dir=str(tmp_path))
+    images = load_images(config)
+    assert images.dtype == np.uint8
+    assert np.array_equal(images, pictures.transpose(0, 3, 1, 2))
+    load_images(config, "test")
+    assert asked == [(str(tmp_path), True, True), (str(tmp_path), False, True)]

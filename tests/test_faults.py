@@ -1,78 +1,56 @@
 """What a run survives: the real script, real signals, real full disks, real processes."""
 
-import hashlib
 import random
 import resource
 import signal
 import subprocess
-import sys
 import time
+from dataclasses import asdict, fields
+from pathlib import Path
 
-import numpy as np
+import helpers
 import pytest
 import torch
-from conftest import ROOT, TINY, called, flags, refused, script
-from PIL import Image
+from helpers import (
+    begin,
+    called,
+    coloured_pictures,
+    command,
+    differing,
+    everything,
+    latest,
+    metrics_rows,
+    python,
+    refused,
+    script,
+    succeeded,
+    tiny,
+    wait_for,
+)
 
 from config import Config
-from record import RunFiles
+from utils.checkpoint import resumed_config
+from utils.cli import UserError
+from utils.files import PatientWriter
+from utils.metrics import MetricsFile, read_rows
 
-STEPS = 40
-RUN = {**TINY, "dropout": 0.3, "max_steps": STEPS, "log_every": 3, "sample_every": 10, "save_every": 0, "image_size": 8}
-
-
-def command(run_dir, *extra, **settings) -> list[str]:
-    return flags(**{**RUN, "run_dir": run_dir, **settings}) + list(extra)
+RUN = {"dropout": 0.3, "max_steps": 40, "log_every": 3, "sample_every": 10, "save_every": 0}
 
 
-def train(run_dir, *extra, start=called, **settings):
-    return start("train.py", *command(run_dir, *extra, **settings), cwd=run_dir.parent)
+def train(run_dir: Path, *extra: str, **settings) -> subprocess.CompletedProcess:
+    return helpers.train(run_dir, *extra, **{**RUN, **settings})
 
 
-def begin(run_dir, *extra, **settings) -> subprocess.Popen:
-    """The script in a process of its own, not waited for."""
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command(run_dir, *extra, **settings)],
-                            cwd=run_dir.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(path, process, seconds=60.0) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
-    assert path.exists(), process.communicate()[1] if process.poll() is not None else "timed out"
-
-
-def everything(run_dir) -> dict[str, str]:
-    """What a run has left behind, down to the bit: tensors by their bytes, metrics without images/s."""
-    state = torch.load(run_dir / "checkpoints/latest.pth", weights_only=True)
-    found = {}
-
-    def walk(name, value):
-        if isinstance(value, dict):
-            for key in value:
-                walk(f"{name}.{key}", value[key])
-        elif isinstance(value, torch.Tensor):
-            found[name] = hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
-        else:
-            found[name] = repr(value)
-
-    walk("latest", {key: value for key, value in state.items() if key != "config"})
-    rows = (run_dir / "metrics.csv").read_text().splitlines()
-    found["metrics"] = "\n".join(row.rpartition(",")[0] for row in rows)
-    for path in sorted((run_dir / "samples").iterdir()):
-        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
-
-
-def differing(a: dict, b: dict) -> list[str]:
-    return [name for name in a.keys() | b.keys() if a.get(name) != b.get(name)]
+def begin_training(run_dir: Path, *extra: str, **settings) -> subprocess.Popen:
+    line = command(run_dir, *extra, **{**RUN, **settings})
+    return begin([*python("train.py"), *line], run_dir.parent)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory) -> dict[str, str]:
     """The run that nothing interrupts."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    assert train(run_dir).returncode == 0
+    succeeded(train(run_dir))
     return everything(run_dir)
 
 
@@ -80,221 +58,369 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("stops", [[1], [20], [39], [7, 8, 25]])
 def test_resume_after_max_steps_is_bit_for_bit(stops, whole, tmp_path):
-    for stop in stops:
-        assert train(tmp_path / "run", "--resume", max_steps=stop).returncode == 0
-    assert train(tmp_path / "run", "--resume").returncode == 0
+    for stop in [*stops, 40]:
+        succeeded(train(tmp_path / "run", "--resume", max_steps=stop))
     assert differing(everything(tmp_path / "run"), whole) == []
 
 
-@pytest.mark.parametrize("settings", [dict(grad_accum=2), dict(precision="bf16"), dict(precision="fp16")])
+@pytest.mark.parametrize("settings", [
+    {"grad_accum": 2}, {"precision": "bf16"}, {"precision": "fp16"}])
 def test_resume_is_bit_for_bit_with(settings, tmp_path):
     for name, stops in (("whole", [12]), ("parts", [5, 12])):
         for stop in stops:
-            result = train(tmp_path / name, "--resume", max_steps=stop, log_every=2, **settings)
-            assert result.returncode == 0, result.stderr
+            line = {"max_steps": stop, "log_every": 2, **settings}
+            succeeded(train(tmp_path / name, "--resume", **line))
     assert differing(everything(tmp_path / "parts"), everything(tmp_path / "whole")) == []
 
 
-def test_resume_in_the_middle_of_an_epoch(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for i in range(10):
-        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(pictures / f"{i}.png")
-    for name, stops in (("whole", [12]), ("parts", [4, 9, 12])):  # an epoch is two and a half steps
+def test_resume_in_the_middle_of_an_epoch(pictures, tmp_path):
+    for name, stops in (("whole", [12]), ("parts", [4, 9, 12])):  # an epoch is 2.5 steps
         for stop in stops:
-            train(tmp_path / name, "--resume", data=pictures, data_dir=tmp_path / "data", max_steps=stop)
+            succeeded(train(tmp_path / name, "--resume", max_steps=stop, **pictures))
     assert differing(everything(tmp_path / "parts"), everything(tmp_path / "whole")) == []
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(number, status, whole, tmp_path):
-    process = begin(tmp_path / "run", max_steps=100_000)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(number, status, pictures, tmp_path):
+    process = begin_training(tmp_path / "run", max_steps=100_000, **pictures)
     wait_for(tmp_path / "run/metrics.csv", process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == status and "--resume" in out and "Traceback" not in err
-    stopped = torch.load(tmp_path / "run/checkpoints/latest.pth", weights_only=True)["step"]
-    assert stopped > 0
-    again = tmp_path / "again"  # the same number of steps, not interrupted
-    assert train(again, max_steps=stopped).returncode == 0
-    assert differing(everything(tmp_path / "run"), everything(again)) == []
+    assert process.returncode == status
+    assert "--resume" in out
+    assert "Traceback" not in err
+    stopped = latest(tmp_path / "run")["step"]
+    assert f"stopped after {stopped:,} of 100,000 steps" in out
+    succeeded(train(tmp_path / "again", max_steps=stopped, **pictures))  # not interrupted
+    assert differing(everything(tmp_path / "run"), everything(tmp_path / "again")) == []
 
 
-def test_a_second_signal_ends_at_once(tmp_path):
-    process = begin(tmp_path / "run", max_steps=100_000, sample_every=3, sample_steps=30, num_samples=2000)
+def test_a_second_signal_ends_at_once(pictures, tmp_path):
+    settings = {"max_steps": 100_000, "sample_every": 3, "sample_steps": 30, "num_samples": 2000}
+    process = begin_training(tmp_path / "run", **settings, **pictures)
     wait_for(tmp_path / "run/metrics.csv", process)  # drawing a long grid from now on
     process.send_signal(signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGCONT)
-    process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=30)
     assert process.returncode in (130, 143)
+    assert "stopped after" not in out
+    assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
-def kill_and_resume(run_dir, rng, kills: int, **settings) -> int:
-    """kill -9 at random moments, resuming after each, until so many have hit; then to the end.  The kills that hit."""
-    hits, latest = 0, run_dir / "checkpoints/latest.pth"
-    while hits < kills:
-        process = begin(run_dir, "--resume", save_minutes=0, **settings)
-        before = latest.stat().st_mtime_ns if latest.exists() else 0
+def kill_and_resume(run_dir: Path, rng: random.Random, kills: int, **settings) -> None:
+    """kill -9 at random moments, resuming after each, until so many have hit; then to the end."""
+    path = run_dir / "checkpoints/latest.pth"
+
+    def written() -> int:
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    for _ in range(kills):
+        before = written()
+        # Every step writes: most moments are in a write, or near one.
+        process = begin_training(run_dir, "--resume", save_minutes=0.0, **settings)
         end = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < end:  # every step writes: most moments are in or near one
-            if latest.exists() and latest.stat().st_mtime_ns != before:
-                break
+        while written() == before and process.poll() is None and time.monotonic() < end:
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.3))
-        if process.poll() is not None:
-            assert process.returncode == 0, process.communicate()[1]
-            break
+        time.sleep(rng.uniform(0, 0.15))
+        assert process.poll() is None, "it finished, or failed, before it was killed"
         process.kill()
         process.communicate()
-        torch.load(latest, weights_only=True)  # loads, whatever the moment
-        hits += 1
-    assert train(run_dir, "--resume", **settings).returncode == 0
-    return hits
+        torch.load(path, weights_only=True)  # loads, whatever the moment
+    succeeded(train(run_dir, "--resume", **settings))
 
 
-def test_kill_9_three_times(tmp_path, whole):
-    # a wider network: writing it takes a good part of each step
-    settings = dict(dim=64, max_steps=120)
-    assert train(tmp_path / "whole", **settings).returncode == 0
-    assert kill_and_resume(tmp_path / "run", random.Random(0), 3, **settings) == 3
+# Wide, so that writing the network takes a good part of each step.
+
+def test_kill_9_three_times(pictures, tmp_path):
+    settings = {"dim": 64, "max_steps": 60, **pictures}
+    succeeded(train(tmp_path / "whole", **settings))
+    kill_and_resume(tmp_path / "run", random.Random(0), 3, **settings)
     assert differing(everything(tmp_path / "run"), everything(tmp_path / "whole")) == []
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
 @pytest.mark.slow
-def test_kill_9_thirty_times(tmp_path):
-    settings = dict(dim=64, max_steps=1500, log_every=10, sample_every=200)
-    assert train(tmp_path / "whole", **settings).returncode == 0
-    assert kill_and_resume(tmp_path / "run", random.Random(1), 30, **settings) == 30
+def test_kill_9_thirty_times(pictures, tmp_path):
+    settings = {"dim": 64, "max_steps": 1500, "sample_every": 200, **pictures}
+    succeeded(train(tmp_path / "whole", **settings))
+    kill_and_resume(tmp_path / "run", random.Random(1), 30, **settings)
     assert differing(everything(tmp_path / "run"), everything(tmp_path / "whole")) == []
 
 
 def test_a_killed_grid_is_drawn_after_resuming(whole, tmp_path):
-    assert train(tmp_path / "run", max_steps=20).returncode == 0
+    succeeded(train(tmp_path / "run", max_steps=20))
     (tmp_path / "run/samples/sample_step_20.png").unlink()
-    assert train(tmp_path / "run", "--resume").returncode == 0
+    succeeded(train(tmp_path / "run", "--resume"))
     assert differing(everything(tmp_path / "run"), whole) == []
 
 
-# What may change on the way, and what not
-
-def test_what_fits_is_taken_and_said_what_does_not_is_refused(tmp_path):
-    assert train(tmp_path / "run", max_steps=5).returncode == 0
-    before = (tmp_path / "run/checkpoints/latest.pth").read_bytes()
-    refused(train(tmp_path / "run", "--resume", dim=16, timesteps=31), 1, "dim 8 -> 16", "timesteps 30 -> 31")
-    refused(called("train.py", "--resume", "--run_dir", str(tmp_path / "run"), "--grad_accum", "16", cwd=tmp_path), 1,
-            "grad_accum=16", "batch_size=4")  # each is possible, but not together
-    assert (tmp_path / "run/checkpoints/latest.pth").read_bytes() == before
-    result = train(tmp_path / "run", "--resume", max_steps=8, batch_size=6)
-    assert result.returncode == 0 and "batch_size 4 -> 6" in result.stdout and "max_steps 5 -> 8" in result.stdout
-
-
 def test_settings_need_not_be_said_again(tmp_path):
-    assert train(tmp_path / "run", max_steps=5).returncode == 0
-    result = called("train.py", "--resume", "--run_dir", str(tmp_path / "run"), "--max_steps", "7", cwd=tmp_path)
-    assert result.returncode == 0 and torch.load(tmp_path / "run/checkpoints/latest.pth")["step"] == 7
+    succeeded(train(tmp_path / "run", max_steps=5))
+    line = ("--resume", "--run_dir", str(tmp_path / "run"), "--max_steps", "7")
+    succeeded(called("train.py", *line, cwd=tmp_path))
+    assert latest(tmp_path / "run")["step"] == 7
 
 
 def test_a_finished_run_says_so(tmp_path):
-    assert train(tmp_path / "run", max_steps=3).returncode == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    result = train(tmp_path / "run", "--resume", max_steps=3)
-    assert result.returncode == 0 and "already finished" in result.stdout
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+    succeeded(train(tmp_path / "run", max_steps=3))
+    before = written()
+    result = succeeded(train(tmp_path / "run", "--resume", max_steps=3))
+    assert "already finished" in result.stdout
+    assert written() == before
 
 
 def test_kept_checkpoints_without_latest_are_not_written_over(tmp_path):
-    assert train(tmp_path / "run", max_steps=3).returncode == 0
+    succeeded(train(tmp_path / "run", max_steps=3))
     (tmp_path / "run/checkpoints/latest.pth").unlink()
     refused(train(tmp_path / "run", "--resume", max_steps=3), 1, "latest.pth")
     refused(train(tmp_path / "run", max_steps=3), 1, "already holds a run")
 
 
+def test_a_kept_checkpoint_is_nothing_to_resume_from(tmp_path):
+    succeeded(train(tmp_path / "run", max_steps=3))
+    checkpoints = tmp_path / "run/checkpoints"
+    (checkpoints / "final_model.pth").replace(checkpoints / "latest.pth")
+    refused(train(tmp_path / "run", "--resume", max_steps=3), 1, "latest.pth", "model", "optimizer")
+
+
 def test_left_over_temporary_files_are_removed(tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/latest.pth.1234.tmp").write_bytes(b"half")
-    assert train(tmp_path / "run", max_steps=1).returncode == 0
+    succeeded(train(tmp_path / "run", max_steps=1))
     assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+# What may change on the way, and what not
+
+OTHER_NETWORK_OR_DIFFUSION = {
+    "image_size": 16,
+    "channels": 1,
+    "dim": 16,
+    "dim_mults": (2, 2),
+    "num_res_blocks": 2,
+    "attn_resolutions": (8, 4),
+    "timesteps": 31,
+    "beta_schedule": "cosine",
+    "beta_start": 0.0002,
+    "beta_end": 0.01,
+}
+OTHER_TRAINING = {
+    "data": "somewhere",
+    "data_dir": "elsewhere",
+    "horizontal_flip": False,
+    "dropout": 0.5,
+    "variance": "fixed_small",
+    "batch_size": 6,
+    "learning_rate": 1e-3,
+    "epochs": 7,
+    "max_steps": 9,
+    "warmup_steps": 5,
+    "grad_clip": 0.5,
+    "grad_accum": 2,
+    "ema_decay": 0.99,
+    "seed": 1,
+    "device": "auto",
+    "precision": "bf16",
+    "compile": "off",
+    "log_every": 1,
+    "sample_every": 2,
+    "sample_steps": 4,
+    "num_samples": 5,
+    "save_every": 1,
+    "save_minutes": 0.0,
+}
+
+
+def test_each_setting_is_in_one_of_the_two_lists():
+    names = {f.name for f in fields(Config)}
+    listed = [*OTHER_NETWORK_OR_DIFFUSION, *OTHER_TRAINING, "run_dir"]
+    assert sorted(listed) == sorted(names)
+
+
+@pytest.mark.parametrize("name", OTHER_NETWORK_OR_DIFFUSION)
+def test_another_network_or_diffusion_is_refused(name):
+    saved = tiny(attn_resolutions=(8,))
+    value = OTHER_NETWORK_OR_DIFFUSION[name]
+    given = {name: value}
+    if name == "image_size":
+        given["attn_resolutions"] = (8,)
+    change = f"{name} {getattr(saved, name)} -> {value}"
+    with pytest.raises(UserError, match="another network or diffusion") as error:
+        resumed_config(given, "run", {"config": asdict(saved)}, say=False)
+    assert change in str(error.value)
+
+
+@pytest.mark.parametrize("name", OTHER_TRAINING)
+def test_any_other_setting_is_taken_and_said(name, capsys):
+    saved, value = tiny(), OTHER_TRAINING[name]
+    config = resumed_config({name: value}, "run", {"config": asdict(saved)}, say=True)
+    assert config == tiny(**{name: value, "run_dir": "run"})
+    assert f"{name} {getattr(saved, name)} -> {value}" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_other_settings(tmp_path):
+    settings = {"max_steps": 5, "sample_every": 0}
+    succeeded(train(tmp_path / "run", **settings))
+    changes = {**OTHER_TRAINING, "data": "shapes", "device": "cpu"}
+    result = succeeded(train(tmp_path / "run", "--resume", **changes))
+    assert "batch_size 4 -> 6" in result.stdout
+    assert "max_steps 5 -> 9" in result.stdout
+    assert latest(tmp_path / "run")["images_seen"] == 5 * 4 + 4 * 6
+    assert [row[0] for row in metrics_rows(tmp_path / "run")] == ["3", "6", "7", "8", "9"]
+
+
+def test_the_script_refuses_another_network(tmp_path):
+    succeeded(train(tmp_path / "run", max_steps=5))
+    before = (tmp_path / "run/checkpoints/latest.pth").read_bytes()
+    result = train(tmp_path / "run", "--resume", dim=16, timesteps=31)
+    refused(result, 1, "dim 8 -> 16", "timesteps 30 -> 31")
+    line = ("--resume", "--run_dir", str(tmp_path / "run"), "--grad_accum", "16")
+    result = called("train.py", *line, cwd=tmp_path)  # possible alone, but not together
+    refused(result, 1, "grad_accum=16", "batch_size=4")
+    assert (tmp_path / "run/checkpoints/latest.pth").read_bytes() == before
+
+
+def test_another_variance_changes_the_grids_and_no_weight(whole, tmp_path):
+    succeeded(train(tmp_path / "run", max_steps=15, sample_steps=30))
+    settings = {"variance": "fixed_small", "sample_steps": 30, "max_steps": 25}
+    result = succeeded(train(tmp_path / "run", "--resume", **settings))
+    assert "variance fixed_large -> fixed_small" in result.stdout
+    succeeded(train(tmp_path / "large", sample_steps=30, max_steps=25))
+    changed = differing(everything(tmp_path / "run"), everything(tmp_path / "large"))
+    assert changed == ["sample_step_20.png"]
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(2, 15), (8, 8)])
+def test_with_another_batch_size_the_images_that_are_left_are_trained(
+    batch_size, steps, pictures, tmp_path
+):
+    settings = {"epochs": 4, "save_every": 2, "log_every": 1, "sample_every": 0, **pictures}
+    succeeded(train(tmp_path / "run", **{**settings, "max_steps": 5}))
+    changes = {"max_steps": 0, "batch_size": batch_size}
+    succeeded(train(tmp_path / "run", "--resume", **{**settings, **changes}))
+    state = latest(tmp_path / "run")
+    assert state["step"] == steps
+    assert 40 <= state["images_seen"] < 40 + batch_size  # 10 images, 4 epochs
+    rows = metrics_rows(tmp_path / "run")
+    assert [int(row[0]) for row in rows] == list(range(1, steps + 1))
+    assert rows[-1][1] == "4"
+    kept = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert {"checkpoint_epoch_2.pth", "checkpoint_epoch_4.pth"} <= kept
 
 
 # Disks
 
 def test_a_full_disk_is_a_warning_and_the_last_good_file_stays(tmp_path):
-    """No file may grow beyond the limit: checkpoints fail as on a full disk, metrics.csv still fits."""
-    assert train(tmp_path / "run", max_steps=2).returncode == 0
-    latest = tmp_path / "run/checkpoints/latest.pth"
-    before = latest.read_bytes()
-    result = script("train.py", *command(tmp_path / "run", "--resume", max_steps=12, save_minutes=0), cwd=tmp_path,
-                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
-    assert result.returncode == 1 and "Traceback" not in result.stderr
+    """No file may grow beyond the limit: checkpoints fail as on a full disk, metrics.csv fits."""
+    succeeded(train(tmp_path / "run", max_steps=2))
+    path = tmp_path / "run/checkpoints/latest.pth"
+    before = path.read_bytes()
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    line = command(tmp_path / "run", "--resume", **{**RUN, "max_steps": 12, "save_minutes": 0.0})
+    result = script("train.py", *line, cwd=tmp_path, preexec_fn=limit)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
     assert result.stderr.count("latest.pth could not be written") == 11
-    assert latest.read_bytes() == before and not list(latest.parent.glob("*.tmp"))
-    assert (tmp_path / "run/metrics.csv").read_text().splitlines()[-1].startswith("12,")
-    assert train(tmp_path / "run", "--resume", max_steps=12).returncode == 0
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob("*.tmp"))
+    assert metrics_rows(tmp_path / "run")[-1][0] == "12"
+    succeeded(train(tmp_path / "run", "--resume", max_steps=12))
 
 
 def test_metrics_that_could_not_be_written_are_written_later(tmp_path, monkeypatch):
-    run_dir = tmp_path / "run"
-    files = RunFiles(Config(run_dir=str(run_dir)), 0, False)
-    broken = open
+    path = tmp_path / "metrics.csv"
+    writer = PatientWriter()
+    file = MetricsFile(path, 0, False, writer)
 
-    def full(path, *args, **kwargs):
-        if str(path).endswith("metrics.csv"):
-            raise OSError(28, "No space left on device")
-        return broken(path, *args, **kwargs)
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
 
-    files.write_row({"step": 1, "loss": 0.5})
-    monkeypatch.setattr("builtins.open", full)
-    files.write_row({"step": 2, "loss": 0.25})
-    assert files.status() == 1
-    monkeypatch.undo()
-    files.write_row({"step": 3, "loss": 0.125})
-    assert files.status() == 0
-    assert (run_dir / "metrics.csv").read_text() == "step,loss\n1,0.5\n2,0.25\n3,0.125\n"
+    file.write_row({"step": 1, "loss": 0.5})
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", full)
+        file.write_row({"step": 2, "loss": 0.25})
+    assert writer.unwritten == {path}
+    assert path.read_text() == "step,loss\n1,0.5\n"
+    file.write_row({"step": 3, "loss": 0.125})
+    assert not writer.unwritten
+    assert path.read_text() == "step,loss\n1,0.5\n2,0.25\n3,0.125\n"
+
+
+def test_of_metrics_the_whole_rows_before_the_step_are_kept(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes("\ufeffstep,loss\r\n1,0.5\r\n2,0.25\r\n3,0.1\r\nsome text\r\n2\r\n".encode())
+    assert read_rows(path, 2) == ["step,loss", "1,0.5", "2,0.25"]
+    path.write_bytes(b"")
+    assert read_rows(path, 2) == []
 
 
 def test_a_run_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    refused(called("train.py", *command(tmp_path / "file/run"), cwd=tmp_path), 1, "file/run")
+    line = command(tmp_path / "file/run", **RUN)
+    refused(called("train.py", *line, cwd=tmp_path), 1, "file/run")
 
 
 # Numbers that are not finite
 
+ABSURD = {"max_steps": 60, "learning_rate": 1e38, "grad_clip": 0.0}
+
+
+def is_finite(weights: dict[str, torch.Tensor]) -> bool:
+    return all(torch.isfinite(value).all() for value in weights.values())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    assert train(tmp_path / "run", max_steps=3).returncode == 0
-    before = (tmp_path / "run/checkpoints/latest.pth").read_bytes()
-    result = train(tmp_path / "run", "--resume", max_steps=60, learning_rate=1e38, grad_clip=0, save_minutes=0)
-    assert result.returncode == 1 and "not finite at step" in result.stderr and "--learning_rate" in result.stderr
-    state = torch.load(tmp_path / "run/checkpoints/latest.pth", weights_only=True)
-    assert all(torch.isfinite(value).all() for value in state["ema"].values()) or (
-        tmp_path / "run/checkpoints/latest.pth").read_bytes() == before
+    succeeded(train(tmp_path / "run", max_steps=3))
+    path = tmp_path / "run/checkpoints/latest.pth"
+    before = path.read_bytes()
+    result = train(tmp_path / "run", "--resume", **ABSURD)
+    assert result.returncode == 1
+    assert "not finite at step" in result.stderr
+    assert "--learning_rate" in result.stderr
+    assert path.read_bytes() == before
+    assert is_finite(latest(tmp_path / "run")["model"])
 
 
-def test_fp16_that_always_overflows_stops_the_run(tmp_path, monkeypatch):
-    calls = []
+def test_what_is_saved_before_each_step_is_finite(tmp_path):
+    succeeded(train(tmp_path / "run", max_steps=3))
+    result = train(tmp_path / "run", "--resume", save_minutes=0.0, **ABSURD)
+    assert result.returncode == 1
+    assert "not finite at step" in result.stderr
+    state = latest(tmp_path / "run")
+    assert state["step"] > 3
+    assert is_finite(state["model"])
+    assert is_finite(state["ema"])
+    assert torch.isfinite(state["sums"]).all()
 
-    class NeverSteps(torch.amp.GradScaler):
-        def get_scale(self):
-            calls.append(None)
-            return 2.0**-len(calls)
 
-    monkeypatch.setattr("torch.amp.GradScaler", NeverSteps)
-    result = train(tmp_path / "run", precision="fp16")
-    assert result.returncode == 1 and "overflowed 20 times in a row at step 1" in result.stderr
+def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path, monkeypatch):
+    succeeded(train(tmp_path / "run", max_steps=3))
+    path = tmp_path / "run/checkpoints/latest.pth"
+    before = path.read_bytes()
+    norm = torch.tensor(float("nan"))
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *arguments: norm)
+    result = train(tmp_path / "run", "--resume")
+    assert result.returncode == 1
+    assert "not finite at step 4" in result.stderr
+    assert path.read_bytes() == before
 
 
 # Data
 
-def test_two_processes_build_one_cache(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for i in range(200):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)).save(pictures / f"{i:03}.png")
-    settings = dict(data=pictures, data_dir=tmp_path / "data", max_steps=3)
-    processes = [begin(tmp_path / name, **settings) for name in ("a", "b")]
+def test_two_runs_build_one_cache(tmp_path):
+    pictures = coloured_pictures(tmp_path / "pictures", count=200, size=40)
+    settings = {"data": pictures, "data_dir": tmp_path / "data", "max_steps": 3}
+    processes = [begin_training(tmp_path / name, **settings) for name in ("a", "b")]
     for process in processes:
-        assert process.wait(timeout=60) == 0, process.communicate()[1]
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
     assert differing(everything(tmp_path / "a"), everything(tmp_path / "b")) == []
     assert len(list((tmp_path / "data").iterdir())) == 1

@@ -1,0 +1,427 @@
+"""train_step is Algorithm 1: what it gives the network, what it makes of the answer."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_unet, tiny
+from torch import Tensor
+
+from config import Config
+from data import Batches, load_images, to_float
+from ddpm import DDPM, linear_beta_schedule
+from model import UNet
+from train import (
+    TrainingState,
+    count_steps,
+    ema_decay,
+    grid_is_due,
+    kept_epoch,
+    learning_rate,
+    train_step,
+)
+from utils.randomness import derive_seed
+
+CPU = torch.device("cpu")
+GREY = 51  # of the images in most tests; to_float makes -0.6 of it
+NOISELESS = {"beta_start": 1e-8, "beta_end": 1e-8}  # so that x_t is x_start but for 0.01
+
+
+class Training:
+    """What train.py sets up; and a record of what each step does."""
+
+    def __init__(
+        self, config: Config, images: np.ndarray | None = None, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if images is None:
+            images = np.full((1, 3, 8, 8), GREY, np.uint8)
+        self.config = config
+        self.batches = Batches(images, config, CPU, rank, world_size)
+        self.state = TrainingState(config, CPU, config.precision)
+        torch.manual_seed(1)
+        self.state.model.load_state_dict(random_unet(config).state_dict())
+        self.ddpm = DDPM(self.state.model, config)
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []  # x_t, t, pred_noise
+        self.gradients: list[list[Tensor]] = []  # that the optimizer gets
+        self.rates: list[float] = []
+        self.state.model.register_forward_hook(self.note_call)
+        self.state.optimizer.register_step_pre_hook(self.note_update)
+
+    def note_call(self, model: UNet, inputs: tuple[Tensor, Tensor], pred_noise: Tensor) -> None:
+        assert model.training
+        x_t, t = inputs
+        self.seen.append((x_t, t, pred_noise.detach()))
+
+    def note_update(self, optimizer: torch.optim.Adam, *_) -> None:
+        (group,) = optimizer.param_groups
+        self.gradients.append([p.grad.clone() for p in group["params"]])
+        self.rates.append(group["lr"])
+
+    def step(self) -> tuple[Tensor, Tensor, Tensor]:
+        return train_step(self.ddpm, self.state, self.batches, self.config, self.config.precision)
+
+    def recorded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All x_t, t and pred_noise that the network saw or said."""
+        x_t, t, pred_noise = zip(*self.seen, strict=True)
+        return torch.cat(x_t), torch.cat(t), torch.cat(pred_noise)
+
+
+def noise_in(x_t: Tensor, t: Tensor, config: Config) -> Tensor:
+    """The noise in images of x_t whose x_start is GREY, by Eq. 4, in float64."""
+    betas = linear_beta_schedule(config.timesteps, config.beta_start, config.beta_end)
+    a = torch.cumprod(1 - betas, dim=0)[t].view(-1, 1, 1, 1)
+    return (x_t.double() - a.sqrt() * -0.6) / (1 - a).sqrt()
+
+
+# What the network gets
+
+@pytest.fixture(scope="module")
+def many_steps() -> Training:
+    training = Training(tiny(batch_size=64, dropout=0.0))
+    for _ in range(40):
+        training.step()
+    return training
+
+
+def test_t_is_uniform_over_every_timestep(many_steps):
+    _, t, _ = many_steps.recorded()
+    counts = torch.bincount(t, minlength=30).double()
+    expected = len(t) / 30
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert len(counts) == 30
+    assert counts.min() > 0
+    assert chi_square < 60  # 29 on average, over 60 once in 1,500 tries
+
+
+def test_every_image_has_its_own_t(many_steps):
+    for _, t, _ in many_steps.seen:
+        assert len(set(t.tolist())) > 15
+
+
+def test_x_t_is_eq_4_with_standard_normal_noise(many_steps):
+    x_t, t, _ = many_steps.recorded()
+    noise = noise_in(x_t, t, many_steps.config)
+    for step in range(30):
+        at_step = noise[t == step]
+        five_errors = 5 / math.sqrt(at_step.numel())
+        assert at_step.mean().item() == pytest.approx(0, abs=five_errors)
+        assert at_step.std().item() == pytest.approx(1, abs=five_errors)
+
+
+def test_no_two_images_share_noise(many_steps):
+    x_t, t, _ = many_steps.recorded()
+    noise = noise_in(x_t, t, many_steps.config).flatten(1)
+    correlation = noise @ noise.T / noise.shape[1]
+    correlation.fill_diagonal_(0)
+    assert correlation.abs().max() < 0.6
+
+
+def test_half_of_the_images_are_mirrored():
+    images = np.zeros((1, 3, 8, 8), np.uint8)
+    images[..., 4:] = 255  # white on the right
+    training = Training(tiny(batch_size=400, **NOISELESS), images)
+    training.step()
+    x_t, _, _ = training.recorded()
+    assert 140 < (x_t[:, 0, 0, 0] > 0).sum() < 260
+    expected = to_float(torch.tensor(images))
+    is_mirrored = x_t[:, :1, :1, :1] > 0
+    restored = torch.where(is_mirrored, x_t.flip(-1), x_t)
+    assert (restored - expected).abs().max() < 0.02
+
+
+def test_no_image_is_mirrored_where_that_is_off():
+    images = np.zeros((1, 3, 8, 8), np.uint8)
+    images[..., 4:] = 255
+    training = Training(tiny(batch_size=400, horizontal_flip=False, **NOISELESS), images)
+    training.step()
+    x_t, _, _ = training.recorded()
+    assert (x_t - to_float(torch.tensor(images))).abs().max() < 0.02
+
+
+def test_an_epoch_shows_every_image_once():
+    images = np.zeros((6, 3, 8, 8), np.uint8)
+    images += np.arange(0, 240, 40, dtype=np.uint8).reshape(6, 1, 1, 1)
+    training = Training(tiny(batch_size=2, **NOISELESS), images)
+    orders = []
+    for _ in range(4):
+        training.seen.clear()
+        for _ in range(3):
+            training.step()
+        x_t, _, _ = training.recorded()
+        values = (x_t.mean(dim=(1, 2, 3)) + 1) * 127.5 / 40
+        orders.append(values.round().int().tolist())
+    assert all(sorted(order) == list(range(6)) for order in orders)
+    assert len(set(map(tuple, orders))) > 1
+
+
+# What it makes of the answer
+
+@pytest.mark.parametrize("grad_accum", [1, 4])
+def test_the_losses_are_the_squared_errors_at_the_timesteps_returned(grad_accum):
+    training = Training(tiny(batch_size=8, grad_accum=grad_accum))
+    losses, t, _ = training.step()
+    x_t, given_t, pred_noise = training.recorded()
+    assert len(training.seen) == grad_accum
+    assert torch.equal(t, given_t)
+    error = noise_in(x_t, t, training.config) - pred_noise
+    expected = error.square().mean(dim=(1, 2, 3)).float()
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
+    assert not losses.requires_grad
+
+
+def whole_gradient(training: Training, before: UNet) -> list[Tensor]:
+    """That of the mean loss of Eq. 14 over all images of the step, in one piece."""
+    x_t, t, _ = training.recorded()
+    noise = noise_in(x_t, t, training.config)
+    loss = (noise - before(x_t, t)).square().mean()
+    return list(torch.autograd.grad(loss, list(before.parameters())))
+
+
+def norm_of(gradients: list[Tensor]) -> Tensor:
+    return torch.cat([g.flatten() for g in gradients]).norm()
+
+
+@pytest.mark.parametrize("grad_accum", [1, 4])
+def test_the_gradient_is_that_of_the_mean_loss_of_the_batch(grad_accum):
+    settings = {"batch_size": 8, "grad_accum": grad_accum, "grad_clip": 0.0, "dropout": 0.0}
+    training = Training(tiny(**settings))
+    before = copy.deepcopy(training.state.model)
+    _, _, grad_norm = training.step()
+    expected = whole_gradient(training, before)
+    assert len(training.gradients) == 1  # one update, however many micro-batches
+    for got, gradient in zip(training.gradients[0], expected, strict=True):
+        torch.testing.assert_close(got, gradient, rtol=1e-3, atol=1e-5)
+    assert grad_norm.item() == pytest.approx(norm_of(expected).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("grad_accum", [1, 4])
+def test_the_gradient_is_clipped_to_its_norm(grad_accum):
+    settings = {"batch_size": 8, "grad_accum": grad_accum, "dropout": 0.0}
+    free = Training(tiny(grad_clip=0.0, **settings))
+    clipped = Training(tiny(grad_clip=0.01, **settings))
+    _, _, free_norm = free.step()
+    _, _, clipped_norm = clipped.step()
+    assert free_norm > 0.1
+    assert clipped_norm == free_norm  # metrics.csv has the norm before
+    assert norm_of(clipped.gradients[0]).item() == pytest.approx(0.01, rel=1e-3)
+    for a, b in zip(free.gradients[0], clipped.gradients[0], strict=True):
+        torch.testing.assert_close(a * 0.01 / free_norm, b, rtol=1e-3, atol=1e-9)
+
+
+def test_a_gradient_below_grad_clip_is_left_alone():
+    free = Training(tiny(grad_clip=0.0))
+    clipped = Training(tiny(grad_clip=1000.0))
+    free.step()
+    clipped.step()
+    for a, b in zip(free.gradients[0], clipped.gradients[0], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_gradient_is_left_for_the_next_step():
+    training = Training(tiny(grad_clip=0.0, dropout=0.0))
+    for _ in range(2):
+        training.seen.clear()
+        before = copy.deepcopy(training.state.model)
+        training.step()
+    expected = norm_of(whole_gradient(training, before))
+    assert norm_of(training.gradients[1]).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+# The learning rate
+
+def test_warm_up_starts_above_zero_and_ends_at_the_learning_rate():
+    config = Config(learning_rate=1e-3, warmup_steps=10)
+    rates = [learning_rate(config, step) for step in (0, 4, 9, 10, 10_000)]
+    assert rates == pytest.approx([1e-4, 5e-4, 1e-3, 1e-3, 1e-3])
+    assert learning_rate(Config(learning_rate=1e-3, warmup_steps=0), 0) == 1e-3
+
+
+def test_each_step_is_taken_with_its_learning_rate():
+    training = Training(tiny(learning_rate=1e-3, warmup_steps=4))
+    before = training.state.model.conv_in.weight.clone()
+    training.step()
+    # The first update of Adam is as large as the learning rate.
+    moved = (training.state.model.conv_in.weight - before).abs()
+    assert moved.max().item() == pytest.approx(2.5e-4, rel=1e-2)
+    for _ in range(5):
+        training.step()
+    assert training.rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+
+
+# The average
+
+def test_the_average_is_ramped_so_that_it_forgets_the_random_start():
+    # Without the ramp 90 % of it would be the first weights at step 1,000.
+    training = Training(tiny(learning_rate=0.01))
+    expected = {name: p.clone() for name, p in training.state.ema.named_parameters()}
+    for decay in (1 / 10, 2 / 11, 3 / 12):
+        training.step()
+        for name, p in training.state.model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * p
+    for name, p in training.state.ema.named_parameters():
+        torch.testing.assert_close(p, expected[name], atol=1e-6, rtol=0)
+        assert not torch.equal(p, training.state.model.get_parameter(name))
+
+
+def test_the_ramp_ends_at_ema_decay():
+    config = Config(ema_decay=0.999)
+    assert ema_decay(config, 8_000) < 0.999
+    assert ema_decay(config, 8_990) == ema_decay(config, 10**6) == 0.999
+
+
+# Random numbers
+
+def draws_of(training: Training, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """t and x_t of so many steps."""
+    for _ in range(steps):
+        training.step()
+    x_t, t, _ = training.recorded()
+    return t, x_t
+
+
+def test_ranks_draw_different_timesteps_and_noise():
+    """Of one image, so that nothing else tells their batches apart."""
+    config = tiny(batch_size=32)
+    draws = [draws_of(Training(config, rank=rank, world_size=2)) for rank in (0, 1)]
+    (t_0, x_t_0), (t_1, x_t_1) = draws
+    assert len(t_0) == len(t_1) == 16
+    assert (t_0 == t_1).sum() < 8
+    noise_0 = noise_in(x_t_0, t_0, config).flatten()
+    noise_1 = noise_in(x_t_1, t_1, config).flatten()
+    assert abs((noise_0 * noise_1).mean()) < 0.1
+
+
+def test_steps_draw_different_timesteps_and_noise():
+    t, x_t = draws_of(Training(tiny(batch_size=32)), steps=2)
+    assert (t[:32] == t[32:]).sum() < 10
+    noise = noise_in(x_t, t, tiny()).flatten()
+    first, second = noise.chunk(2)
+    assert abs((first * second).mean()) < 0.1
+
+
+def test_what_a_step_draws_follows_from_its_number_alone():
+    whole = Training(tiny(batch_size=32))
+    draws_of(whole, steps=2)
+    later = Training(tiny(batch_size=32))
+    later.state.step = 1
+    torch.manual_seed(5)
+    t, x_t = draws_of(later)
+    assert torch.equal(t, whole.seen[1][1])
+    assert torch.equal(x_t, whole.seen[1][0])
+
+
+def test_another_seed_draws_something_else():
+    t, _ = draws_of(Training(tiny(batch_size=32)))
+    other, _ = draws_of(Training(tiny(batch_size=32, seed=1)))
+    assert (t == other).sum() < 10
+
+
+def test_the_first_weights_follow_from_the_seed():
+    config = tiny()
+    torch.manual_seed(derive_seed("weights", config.seed))
+    expected = UNet(config).state_dict()
+    torch.manual_seed(5)
+    state = TrainingState(config, CPU, "fp32")
+    for weights in (state.model.state_dict(), state.ema.state_dict()):
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+# 16 bits
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_in_16_bits_the_losses_and_the_weights_are_fp32(precision):
+    training = Training(tiny(precision=precision))
+    losses, _, grad_norm = training.step()
+    assert losses.dtype == grad_norm.dtype == torch.float32
+    for weights in (training.state.model, training.state.ema):
+        assert {p.dtype for p in weights.parameters()} == {torch.float32}
+
+
+def test_fp16_gives_the_optimizer_the_gradient_without_its_scale():
+    plain = Training(tiny(dropout=0.0))
+    scaled = Training(tiny(dropout=0.0, precision="fp16"))
+    assert scaled.state.scaler.get_scale() > 1000
+    _, _, plain_norm = plain.step()
+    _, _, scaled_norm = scaled.step()
+    assert scaled_norm.item() == pytest.approx(plain_norm.item(), rel=0.05)
+    assert norm_of(scaled.gradients[0]).item() == pytest.approx(1, rel=0.01)  # grad_clip
+
+
+def test_a_step_that_overflows_in_fp16_counts_and_changes_no_weight():
+    training = Training(tiny(precision="fp16"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    training.state.scaler = scaler
+    before = {name: p.clone() for name, p in training.state.model.named_parameters()}
+    losses, _, grad_norm = training.step()
+    assert (training.state.step, training.state.images_seen) == (1, 4)
+    assert torch.isfinite(losses).all()
+    assert grad_norm == 0
+    assert scaler.get_scale() == pytest.approx(5e37)
+    for name, p in training.state.model.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+# Progress, by images seen
+
+def test_a_step_counts_itself_and_its_images():
+    training = Training(tiny(batch_size=6, grad_accum=3))
+    for _ in range(2):
+        training.step()
+    assert (training.state.step, training.state.images_seen) == (2, 12)
+
+
+@pytest.mark.parametrize(("settings", "step", "images_seen", "total"), [
+    ({}, 0, 0, 10),  # 4 epochs of 10 images, 4 of them per step
+    ({"epochs": 3}, 0, 0, 8),  # the last one shows 2 more
+    ({"batch_size": 16}, 0, 0, 3),
+    ({"batch_size": 2}, 5, 20, 15),  # was 4 before
+    ({"batch_size": 8}, 5, 20, 8),
+    ({"max_steps": 7}, 5, 20, 7),
+    ({}, 10, 40, 10),
+    ({"epochs": 2}, 10, 40, 10),  # fewer than are done
+])
+def test_epochs_are_counted_in_images(settings, step, images_seen, total):
+    config = tiny(**{"epochs": 4, **settings})
+    state = TrainingState(config, CPU, "fp32")
+    state.step, state.images_seen = step, images_seen
+    assert count_steps(config, state, num_images=10) == total
+
+
+@pytest.mark.parametrize(("batch_size", "save_every", "num_images", "expected"), [
+    (4, 1, 10, [0, 0, 1, 0, 2, 0, 0, 3]),
+    (5, 1, 10, [0, 1, 0, 2, 0, 3]),
+    (4, 2, 10, [0, 0, 0, 0, 2, 0, 0, 0, 0, 4]),
+    (4, 0, 10, [0, 0, 0, 0]),
+    (4, 2, 1, [4, 8, 12]),  # several epochs per step
+    (4, 8, 1, [0, 8, 0, 16]),
+])
+def test_the_epochs_that_are_kept(batch_size, save_every, num_images, expected):
+    config = tiny(batch_size=batch_size, save_every=save_every)
+    after_each_step = [batch_size * (k + 1) for k in range(len(expected))]
+    kept = [kept_epoch(config, images_seen, num_images) for images_seen in after_each_step]
+    assert kept == expected
+
+
+def test_when_a_grid_is_drawn(tmp_path):
+    config = tiny(sample_every=10, run_dir=str(tmp_path))
+    assert not grid_is_due(config, 0, first_step=0)
+    assert not grid_is_due(config, 15, first_step=0)
+    assert grid_is_due(config, 20, first_step=0)
+    assert grid_is_due(config, 20, first_step=20)  # stopped before it was drawn
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/sample_step_20.png").touch()
+    assert not grid_is_due(config, 20, first_step=20)
+    assert not grid_is_due(tiny(sample_every=0), 20, first_step=0)
+
+
+# It learns
+
+def test_the_loss_falls():
+    training = Training(tiny(dim=16, learning_rate=2e-3, batch_size=16), load_images(tiny())[:100])
+    training.state.model.initialise()
+    losses = [training.step()[0].mean().item() for _ in range(60)]
+    assert losses[0] == pytest.approx(1, abs=0.1)
+    assert np.mean(losses[-10:]) < 0.6

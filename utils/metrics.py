@@ -1,0 +1,118 @@
+"""What is measured while training: sums on the device, and metrics.csv made from them.
+
+    metrics.add(losses, t, grad_norm)             each step, without waiting for the device
+    file.write_row(metrics.row(...))              each log_every steps
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.cli import UserError
+from utils.files import PatientWriter, atomic_write
+
+
+class Metrics:
+    """Sums over the steps since the last row, kept on the device: no step waits for them."""
+
+    def __init__(self, timesteps: int, device: torch.device, images_seen: int = 0) -> None:
+        self.timesteps = timesteps
+        # Views of one tensor, which processes add up and checkpoints hold.  losses and images are
+        # by quarter of t, the lowest first.
+        self.sums = torch.zeros(10, device=device)
+        self.steps, self.grad_norm, self.losses, self.images = self.sums.split([1, 1, 4, 4])
+        self.smoothed = torch.zeros((), device=device)  # loss, for the progress bar
+        self.added = 0
+        self.images_before = images_seen
+        self.clock = time.perf_counter()
+
+    def add(self, losses: Tensor, t: Tensor, grad_norm: Tensor) -> None:
+        """The losses [B] at timesteps t [B] of the step just done, and the norm of its gradient."""
+        quarter = t * 4 // self.timesteps
+        self.steps += 1
+        self.grad_norm += grad_norm
+        self.losses.index_add_(0, quarter, losses)
+        self.images.index_add_(0, quarter, torch.ones_like(losses))
+        self.added += 1
+        weight = max(0.02, 1 / self.added)
+        self.smoothed.lerp_(losses.mean(), weight)
+
+    def row(self, step: int, images_seen: int, num_images: int, lr: float) -> dict[str, float]:
+        """The next row of metrics.csv, over all processes; starts the sums anew."""
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+        self.check_finite(step)
+        steps, grad_norm = self.steps.item(), self.grad_norm.item()
+        losses, counts = self.losses.tolist(), self.images.tolist()
+        row = {
+            "step": step,
+            "epoch": images_seen // num_images,
+            "loss": sum(losses) / sum(counts),
+        }
+        for i in range(4):
+            row[f"loss_q{i + 1}"] = losses[i] / counts[i] if counts[i] else math.nan
+        now = time.perf_counter()
+        row["lr"] = lr
+        row["grad_norm"] = grad_norm / steps
+        row["images_per_sec"] = (images_seen - self.images_before) / (now - self.clock)
+        self.sums.zero_()
+        self.images_before, self.clock = images_seen, now
+        return row
+
+    def check_finite(self, step: int) -> None:
+        """Called before anything is written, so that what is on the disk is always good."""
+        if not math.isfinite(self.sums.sum().item()):
+            raise UserError(
+                f"the loss or its gradient is not finite at step {step}: try a lower "
+                "--learning_rate, --grad_clip 1, or --precision fp32; latest.pth is as it was")
+
+
+class MetricsFile:
+    """metrics.csv, written anew as a whole for each row; and the same for TensorBoard."""
+
+    def __init__(self, path: Path, step: int, tensorboard: bool, writer: PatientWriter) -> None:
+        self.path = path
+        self.writer = writer
+        self.lines = read_rows(path, step) if path.exists() else []
+        self.tensorboard = open_tensorboard(path.parent, step) if tensorboard else None
+
+    def write_row(self, row: dict[str, float]) -> None:
+        if not self.lines:
+            self.lines.append(",".join(row))
+        values = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()]
+        self.lines.append(",".join(values))
+        self.writer.write(self.path, self.save)
+        if self.tensorboard:
+            for name in row.keys() - {"step"}:
+                self.tensorboard.add_scalar(name, row[name], row["step"])
+
+    def save(self, path: Path) -> None:
+        with atomic_write(path) as file:
+            file.write("".join(f"{line}\n" for line in self.lines).encode())
+
+
+def read_rows(path: Path, step: int) -> list[str]:
+    """The header and the rows up to step: a resumed run writes those after it again."""
+    text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    lines = text.splitlines()
+    kept = lines[:1]
+    for line in lines[1:]:
+        number = line.split(",")[0]
+        is_whole = line.count(",") == lines[0].count(",")
+        if is_whole and number.isdigit() and int(number) <= step:
+            kept.append(line)
+    return kept
+
+
+def open_tensorboard(run_dir: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs a package that is not installed: "
+                        "pip install tensorboard") from error
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
