@@ -81,6 +81,7 @@ class Config:
         self.require("data", self.data != "", "name a data set or a folder, for example cifar10")
         self.require("dim_mults", len(self.dim_mults) > 0, "give at least one factor: 1 2 4 8")
         self.require("dim", self.dim % 2 == 0, "it must be even, for example 64")
+        self.require("dim", self.dim <= 4096, "it must be 4096 at most")
         self.require("image_size", self.image_size <= 4096, "it must be 4096 at most")
         self.check_levels()
         self.require("dropout", self.dropout < 1, "it must be below 1, for example 0.1")

@@ -7,8 +7,10 @@
 
 import colorsys
 import hashlib
+import io
 import math
-import sys
+import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -23,7 +25,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.utils import make_grid
 
 from config import Config
-from utils.cli import UserError, progress_bar
+from utils.cli import UserError, progress_bar, warn
 from utils.files import atomic_write, remove_left_overs
 from utils.randomness import derive_seed
 
@@ -148,8 +150,7 @@ def load_folder(folder: Path, data_dir: Path, size: int, channels: int) -> np.nd
     if not folder.is_dir():
         known = ", ".join([*DOWNLOADS, "shapes"])
         raise UserError(f"data={str(folder)!r} is neither a folder nor one of {known}")
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    paths = sorted(path for path in files if path.is_file())
+    paths = sorted(images_below(folder))
     if not paths:
         raise UserError(f"{folder} and its sub-folders hold no image ({' '.join(EXTENSIONS)})")
 
@@ -162,10 +163,29 @@ def load_folder(folder: Path, data_dir: Path, size: int, channels: int) -> np.nd
     cache = data_dir / f"{folder.resolve().name}-{key.hexdigest()[:16]}.images"
 
     try:
-        return read_cache(cache, len(paths), size, channels)
+        images = read_cache(cache, len(paths), size, channels)
     except (OSError, ValueError):  # not there, or truncated
         decode_folder(paths, cache, size, channels)
-        return read_cache(cache, len(paths), size, channels)
+        images = read_cache(cache, len(paths), size, channels)
+    damaged = len(paths) - len(images)
+    if damaged:
+        warn(f"{damaged} of {len(paths)} images in {folder} are damaged and left out")
+    return images
+
+
+def images_below(folder: Path) -> Iterator[Path]:
+    """The image files in folder and its sub-folders, links to folders too."""
+    entered = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in entered:  # a link that leads back
+            folders.clear()
+            continue
+        entered.add(real)
+        for name in files:
+            path = Path(parent, name)
+            if path.suffix.lower() in EXTENSIONS and path.is_file():
+                yield path
 
 
 def read_cache(cache: Path, num_paths: int, size: int, channels: int) -> np.ndarray:
@@ -179,31 +199,41 @@ def read_cache(cache: Path, num_paths: int, size: int, channels: int) -> np.ndar
 
 
 def decode_folder(paths: list[Path], cache: Path, size: int, channels: int) -> None:
-    """Write the images of paths to cache, and which of them could be read; name the others."""
+    """Write the images of paths to cache, and which of them could be read; name the damaged ones.
+
+    Raises OSError where the system does not let one be read: that may be another tomorrow.
+    """
     problems = []
 
     def decode(path: Path) -> bytes:
+        content = path.read_bytes()
         try:
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(content)) as image:
                 return to_square(image, size, channels).tobytes()
+        except MemoryError:
+            raise
         except Exception as error:  # a damaged file can raise anything; it is reported, not fatal
             problems.append(f"{path} ({error})")
             return b""
 
     cache.parent.mkdir(parents=True, exist_ok=True)
-    remove_left_overs(cache.parent, seconds=3600)  # a younger one may still be written to
+    remove_left_overs(cache.parent, re.escape(cache.name), seconds=3600)
     readable = bytearray()
-    with ThreadPoolExecutor() as pool, atomic_write(cache) as file:
-        decoded = pool.map(decode, paths)
-        for pixels in progress_bar(decoded, "decoding images", len(paths), unit="image"):
-            file.write(pixels)
-            readable.append(len(pixels) > 0)
-        file.write(readable)
-        if not any(readable):
-            some = "; ".join(problems[:10])
-            raise UserError(f"none of {len(paths)} images could be read: {some}")
+    pool = ThreadPoolExecutor()
+    try:
+        with atomic_write(cache) as file:
+            decoded = pool.map(decode, paths)
+            for pixels in progress_bar(decoded, "decoding images", len(paths), unit="image"):
+                file.write(pixels)
+                readable.append(len(pixels) > 0)
+            file.write(readable)
+            if not any(readable):
+                some = "; ".join(problems[:10])
+                raise UserError(f"none of {len(paths)} images could be read: {some}")
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a signal too: what waits is not decoded
     for problem in sorted(problems):
-        print(f"warning: skipped an image that cannot be read: {problem}", file=sys.stderr)
+        warn(problem)
 
 
 def to_square(image: Image.Image, size: int, channels: int) -> np.ndarray:
@@ -211,11 +241,16 @@ def to_square(image: Image.Image, size: int, channels: int) -> np.ndarray:
 
     Turned upright, put on white where transparent, resized, centre-cropped.
     """
+    transparent_value = image.info.get("transparency")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's conversion would clip them at 255
-        values = np.asarray(image)
+        values = np.array(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("more than 16 bits per pixel")
+        if transparent_value is not None:
+            values[values == transparent_value] = 65535
+        if image.mode == "I" and values.max() <= 255:  # 8 bits in the space of 32
+            values = values * 257
         image = Image.fromarray((values / 257).round().astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no known range")

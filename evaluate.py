@@ -8,7 +8,9 @@
 """
 
 import argparse
+import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from config import Config
-from data import DOWNLOADS, load_folder, load_images, to_float
+from data import DOWNLOADS, images_below, load_folder, load_images, to_float
 from ddpm import DDPM, Noise, at, batch_of, evaluating, is_algorithm_2
-from inference import Sampler, add_shared_flags
+from inference import Sampler, add_shared_flags, read_record
 from utils.cli import CommandLine, UserError, progress_bar, run
 from utils.device import autocast, maybe_compile
-from utils.files import write_json
+from utils.files import make_writable, write_json
 from utils.randomness import derive_seed
 
 Fields = dict[str, Any]
@@ -196,11 +199,9 @@ def fid(sampler: Sampler, data: Config, args: argparse.Namespace) -> Fields:
     torch_fidelity = load_inception(args.inception_weights)  # first: sampling takes hours
     reference = load_images(data, "train")
     if args.images:
-        config = sampler.config
-        images = load_folder(args.images, Path(data.data_dir), config.image_size, config.channels)
-        images = images[:args.num_samples]
-        record = args.images / "sampled_with.json"
-        made_by = record.read_text() if record.exists() else "of unknown origin"
+        images = load_made_before(args.images, data)[:args.num_samples]
+        written = read_record(args.images)
+        made_by = json.dumps(written) if written else "of unknown origin"
         origin = f"{args.images}, {made_by}"
     else:
         images = sample_images(sampler, args.num_samples or 50_000, args.compile)
@@ -225,6 +226,20 @@ def fid(sampler: Sampler, data: Config, args: argparse.Namespace) -> Fields:
         "sampler": origin,
         "fid": metrics["frechet_inception_distance"],
     }
+
+
+def load_made_before(folder: Path, data: Config) -> np.ndarray:
+    """The images in the folder.
+
+    Raises UserError where they are of another size: a figure of resized ones is of something else.
+    """
+    size = data.image_size
+    for path in images_below(folder):
+        with Image.open(path) as image:
+            if image.size != (size, size):
+                raise UserError(f"{path} is {image.width} x {image.height}, not {size} x {size} as "
+                                "what it is compared with")
+    return load_folder(folder, Path(data.data_dir), size, data.channels)
 
 
 def sample_images(sampler: Sampler, count: int, compile: str) -> np.ndarray:
@@ -321,6 +336,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if "RANK" in os.environ:
+        raise UserError("evaluate.py runs in one process: start it with python, not torchrun")
+    if args.json:
+        make_writable(args.json)
     sampler = Sampler(args)
     trained_on = sampler.config
     data = replace(trained_on, data=args.data or trained_on.data,

@@ -12,9 +12,11 @@
 import argparse
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,19 +25,21 @@ from torch import Tensor
 
 from data import to_float, to_picture, to_square, to_uint8
 from ddpm import DDPM, Noise, batch_of
-from utils.checkpoint import load_network, newest_checkpoint
+from utils.checkpoint import load_network, network_digest, newest_checkpoint
 from utils.cli import CommandLine, UserError, progress_bar, run
 from utils.device import (
     autocast,
+    first_process_first,
     maybe_compile,
     memory_format,
     select_device,
     select_precision,
     start_processes,
 )
-from utils.files import atomic_write, remove_left_overs, save_png
+from utils.files import atomic_write, make_writable, remove_left_overs, save_png, write_json
 from utils.randomness import ImageNoise
 
+RECORD = "sampled_with.json"  # in the folder of --save_images
 NUM_SAMPLES = {"sample": 16, "process": 4, "interpolate": 9}  # unless the command line says
 
 
@@ -63,6 +67,18 @@ class Sampler:
         if self.steps > config.timesteps:
             raise UserError(f"steps={self.steps} is impossible: this checkpoint's chain has 1 to "
                             f"{config.timesteps}")
+
+    def origin(self) -> dict[str, Any]:
+        """All that decides what image i looks like."""
+        return {
+            "network": network_digest(self.ddpm.model, self.config),
+            "step": self.training_steps,
+            "seed": self.seed,
+            "steps": self.steps,
+            "eta": self.eta,
+            "spacing": self.spacing,
+            "variance": self.config.variance,
+        }
 
     def noise(self, seed: int, indices: Sequence[int]) -> ImageNoise:
         return ImageNoise(seed, indices, self.shape, self.device)
@@ -116,13 +132,7 @@ def save_images(sampler: Sampler, args: argparse.Namespace, rank: int, world_siz
     """--save_images: the numbered images that are not there yet, each process its share."""
     folder = args.save_images
     count = args.num_samples or NUM_SAMPLES["sample"]
-    remove_left_overs(folder, seconds=3600)
-    check_origin(sampler, folder)
-    beyond = [path.name for path in folder.glob("[0-9]*.png") if int(path.stem) >= count]
-    if beyond:
-        raise UserError(f"{folder} holds {len(beyond)} images beyond num_samples={count}, such as "
-                        f"{min(beyond)}: choose another folder")
-
+    first_process_first(lambda: claim_folder(sampler, folder, count))
     paths = {index: folder / f"{index:06}.png" for index in range(rank, count, world_size)}
     missing = [index for index, path in paths.items() if not path.exists()]
     for indices, images in sampler.batches(missing, rank):
@@ -132,21 +142,42 @@ def save_images(sampler: Sampler, args: argparse.Namespace, rank: int, world_siz
         print(f"{count} images: {folder}")
 
 
-def check_origin(sampler: Sampler, folder: Path) -> None:
-    """Raises UserError where the images in the folder were sampled in another way."""
-    origin = {
-        "step": sampler.training_steps,
-        "seed": sampler.seed,
-        "steps": sampler.steps,
-        "eta": sampler.eta,
-        "spacing": sampler.spacing,
-        "variance": sampler.config.variance,
-    }
-    record = folder / "sampled_with.json"
-    if record.exists() and json.loads(record.read_text()) != origin:
-        raise UserError(f"{folder} holds images sampled with {record.read_text()}, not "
+def claim_folder(sampler: Sampler, folder: Path, count: int) -> None:
+    """Write down in the folder what makes its images, or find the same written there.
+
+    Raises UserError where it is in use for others, before anything in it is touched.
+    """
+    origin = sampler.origin()
+    record = folder / RECORD
+    written = read_record(folder)
+    pictures = list(folder.glob("*.png"))
+    if written == {} and pictures:
+        raise UserError(f"{folder} holds {len(pictures)} pictures that were not sampled here, such "
+                        f"as {min(pictures).name}: choose another folder")
+    if written not in ({}, origin):
+        raise UserError(f"{folder} holds images sampled with {json.dumps(written)}, not "
                         f"{json.dumps(origin)}: choose another folder")
-    record.write_text(json.dumps(origin))
+    numbered = [path.name for path in pictures if re.fullmatch(r"\d{6,}\.png", path.name)]
+    beyond = [name for name in numbered if int(name.removesuffix(".png")) >= count]
+    if beyond:
+        raise UserError(f"{folder} holds {len(beyond)} images beyond num_samples={count}, such as "
+                        f"{min(beyond)}: choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_left_overs(folder, r"\d{6,}\.png|sampled_with\.json", seconds=3600)
+    if written == {}:
+        write_json(record, origin)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What the images in the folder were sampled with; {} where that is not written there."""
+    record = folder / RECORD
+    if not record.exists():
+        return {}
+    try:
+        written = json.loads(record.read_text())
+    except ValueError as error:  # not JSON, or not text
+        raise UserError(f"{record} is damaged: choose another folder") from error
+    return written
 
 
 # --mode process
@@ -375,7 +406,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("torchrun shares the images of --mode sample --save_images DIR; everything "
                         "else runs in one process")
     sampler = Sampler(args)
-    make_folders(args)
+    modes = list(MODES) if args.mode == "all" else [args.mode]
+    for path in written_files(args, modes):
+        make_writable(path)
     batches = (args.num_samples or NUM_SAMPLES["sample"]) / args.batch_size
     maybe_compile(args.compile, sampler.device, batches * sampler.steps, sampler.ddpm.model)
     if rank == 0:
@@ -384,7 +417,6 @@ def main(argv: list[str] | None = None) -> int:
               f"{config.image_size} x {config.channels}, T = {config.timesteps}, on {world_size} x "
               f"{sampler.device.type} in {sampler.precision}")
 
-    modes = list(MODES) if args.mode == "all" else [args.mode]
     with torch.no_grad(), autocast(sampler.device, sampler.precision):
         for mode in modes:
             if mode == "sample" and args.save_images:
@@ -394,20 +426,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def make_folders(args: argparse.Namespace) -> None:
-    """Those that something will be written to."""
-    folders = []
-    if args.save_images:
-        folders.append(args.save_images)
-    elif args.npz:
-        folders.append(args.npz.parent)
-    if args.mode != "sample" or not folders:
-        folders.append(args.output_dir)
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written: {error}") from error
+def written_files(args: argparse.Namespace, modes: Sequence[str]) -> list[Path]:
+    """What these modes will write, but for the numbered images: it is tried before the work."""
+    names = {
+        "sample": ["samples.png"],
+        "process": ["process.png", "process.gif"],
+        "interpolate": ["interpolation.png", "interpolation.gif"],
+    }
+    paths = [args.output_dir / name for mode in modes for name in names[mode]]
+    if "sample" in modes and (args.save_images or args.npz):
+        paths.remove(args.output_dir / "samples.png")
+    if args.npz:
+        paths.append(args.npz)
+    return paths
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@
 import copy
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from data import Batches, load_images, mirror_half, to_picture
 from ddpm import DDPM
 from model import UNet
 from utils.checkpoint import (
+    check_alike,
     checkpoints_of,
+    is_finite,
     latest_path,
-    load_weights,
     open_run,
     resumed_config,
     save_checkpoint,
@@ -41,8 +44,8 @@ from utils.device import (
     select_precision,
     start_processes,
 )
-from utils.files import PatientWriter, remove_left_overs, save_png
-from utils.metrics import Metrics, MetricsFile
+from utils.files import PatientWriter, locked, remove_left_overs, save_png
+from utils.metrics import Metrics, MetricsFile, not_finite
 from utils.randomness import ImageNoise, derive_seed
 
 
@@ -55,6 +58,10 @@ class TrainingState:
         self.model = model
         self.ema = copy.deepcopy(model).eval()
         self.optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        for p in model.parameters():  # as Adam's first step would: so the state is always whole
+            count = torch.zeros((), device=device)
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": count, **moments}
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.step = 0  # updates done
         self.images_seen = 0  # the position in the data
@@ -70,16 +77,35 @@ class TrainingState:
         }
 
     def load_state_dict(self, content: dict[str, Any], path: Path) -> None:
-        """From the content of the latest.pth at path.  Raises UserError where it does not fit."""
-        load_weights(self.model, content["model"], path)
-        load_weights(self.ema, content["ema"], path)
-        self.optimizer.load_state_dict(content["optimizer"])
-        if content["scaler"]:
-            self.scaler.load_state_dict(content["scaler"])
-        self.step = content["step"]
+        """From the content of the latest.pth at path.
+
+        Raises UserError, before any of it is used, where it is not what this network trains.
+        """
+        content = dict(content)
+        check_alike(content["step"], 0, "step", path)
+        if content["step"] == 0:
+            return
         # Earlier versions did not count the images: their batch size never changed.
         before = content["step"] * content["config"]["batch_size"]
-        self.images_seen = content.get("images_seen", before)
+        content.setdefault("images_seen", before)
+        expected = self.state_dict()
+        if not content["scaler"] or not self.scaler.is_enabled():
+            content["scaler"] = expected["scaler"]  # the precision has changed
+        for key, value in expected.items():
+            check_alike(content[key], value, key, path)
+            if not is_finite(content[key]):
+                raise UserError(f"{path} holds numbers in {key} that are not finite: start anew in "
+                                "another --run_dir")
+
+        self.model.load_state_dict(content["model"])
+        self.ema.load_state_dict(content["ema"])
+        # Adam's settings are those of the code, its moments those of the file.
+        moments = content["optimizer"]["state"]
+        settings = expected["optimizer"]["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": settings})
+        self.scaler.load_state_dict(content["scaler"])
+        self.step = content["step"]
+        self.images_seen = content["images_seen"]
 
 
 def train_step(
@@ -154,20 +180,27 @@ def train(
 
     Rank 0 writes the files and speaks.
     """
-    stop = StopSignal()
     run_dir = Path(config.run_dir)
     device = select_device(config.device)
     precision = select_precision(config.precision, device, config.dim)
     images = first_process_first(lambda: load_images(config))
     batches = Batches(images, config, device, rank, world_size)
     state = TrainingState(config, device, precision)
+    metrics = Metrics(config.timesteps, device)
     if saved:
+        check_alike(saved["sums"], metrics.sums, "sums", latest_path(run_dir))
         state.load_state_dict(saved, latest_path(run_dir))
-    metrics = Metrics(config.timesteps, device, state.images_seen)
     if saved and rank == 0:
         metrics.sums.copy_(saved["sums"])
     first_step = state.step
     total_steps = count_steps(config, state, len(images))
+    if rank == 0:
+        print(describe(config, state, images.shape, total_steps, device, precision, world_size))
+    final = checkpoints_of(run_dir) / "final_model.pth"
+    if first_step == total_steps and final.exists():
+        if rank == 0:
+            print(f"already finished: {final}")
+        return 0
 
     network = DistributedDataParallel(state.model) if world_size > 1 else state.model
     maybe_compile(config.compile, device, total_steps - first_step, network, state.ema)
@@ -175,33 +208,32 @@ def train(
     ddpm_ema = DDPM(state.ema, config).to(device)
 
     writer = PatientWriter()
-    final = checkpoints_of(run_dir) / "final_model.pth"
     if rank == 0:
-        make_folders(run_dir)
         metrics_file = MetricsFile(run_dir / "metrics.csv", first_step, tensorboard, writer)
-        print(describe(config, state, images.shape, total_steps, device, precision, world_size))
-    if first_step >= total_steps and final.exists():
-        if rank == 0:
-            print(f"already finished: {final}")
-        return 0
 
     def save_latest() -> None:
-        metrics.check_finite(state.step)
         content = {"config": asdict(config), "sums": metrics.sums, **state.state_dict()}
-        writer.write(latest_path(run_dir), lambda path: save_checkpoint(content, path))
+        save(latest_path(run_dir), content)
 
     def save_weights(path: Path) -> None:
-        metrics.check_finite(state.step)
         content = {"config": asdict(config), "step": state.step, "ema": state.ema.state_dict()}
+        save(path, content)
+
+    def save(path: Path, content: dict[str, Any]) -> None:
+        if not is_finite(content):
+            raise not_finite(state.step)
         writer.write(path, lambda path: save_checkpoint(content, path))
 
+    stop = StopSignal()
+    if rank == 0 and not saved:
+        save_latest()  # from now on this is a run, which --resume goes on with
     last_save = time.monotonic()
+    metrics.start_clock(state.images_seen)
     images_ahead = (total_steps - first_step) * config.batch_size
     bar = progress_bar(total=state.images_seen + images_ahead, initial=state.images_seen,
                        unit=" images", unit_scale=True, disable=rank > 0)
     while True:
         if rank == 0 and grid_is_due(config, state.step, first_step):
-            metrics.check_finite(state.step)
             save_grid(ddpm_ema, config, state.step, precision, writer, stop)
         if state.step >= total_steps or stop.requested():
             break
@@ -227,27 +259,41 @@ def train(
         if time.monotonic() - last_save >= 60 * config.save_minutes:
             save_latest()
             last_save = time.monotonic()
-    bar.close()
-
-    finished = state.step >= total_steps
+    # Saved first, then said.
+    finished = state.step == total_steps
     if rank == 0:
         save_latest()
         if finished:
             save_weights(final)
-            print(f"finished {state.step:,} steps: {final}")
+    bar.close()
+    if rank == 0:
+        written = final if finished else latest_path(run_dir)
+        where = f"{written} could not be written" if written in writer.unwritten else f"{written}"
+        if finished:
+            print(f"finished {state.step:,} steps: {where}")
         else:
-            print(f"stopped after {state.step:,} of {total_steps:,} steps: {latest_path(run_dir)}; "
-                  "the same command with --resume goes on")
+            print(f"stopped after {state.step:,} of {total_steps:,} steps: {where}; the same "
+                  "command with --resume goes on")
     if not finished:
         return 128 + stop.number
-    return 1 if writer.unwritten else 0
+    needed = {latest_path(run_dir), final, run_dir / "metrics.csv"}
+    return 1 if needed & writer.unwritten else 0
 
 
 def count_steps(config: Config, state: TrainingState, num_images: int) -> int:
-    """The number of the last step.  Where epochs decide, what is left of them is trained."""
+    """The number of the last step.  Where epochs decide, what is left of them is trained.
+
+    Raises UserError where the run has already gone further.
+    """
     if config.max_steps:
+        if state.step > config.max_steps:
+            raise UserError(f"max_steps={config.max_steps} is impossible: the run has taken "
+                            f"{state.step} steps already")
         return config.max_steps
     images_left = config.epochs * num_images - state.images_seen
+    if images_left <= -config.batch_size:
+        raise UserError(f"epochs={config.epochs} is impossible: the run has seen "
+                        f"{state.images_seen} images already, of {num_images} per epoch")
     return state.step + max(0, math.ceil(images_left / config.batch_size))
 
 
@@ -289,13 +335,18 @@ def save_grid(
     writer.write(grid_path(config, step), lambda path: save_png(picture, path))
 
 
-def make_folders(run_dir: Path) -> None:
-    try:
-        for folder in (checkpoints_of(run_dir), run_dir / "samples"):
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_left_overs(folder)
-    except OSError as error:
-        raise UserError(f"run_dir={str(run_dir)!r} cannot be written: {error}") from error
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """The folders of a run, held for this process inside, without what a killed one left behind."""
+    checkpoints, samples = checkpoints_of(run_dir), run_dir / "samples"
+    for folder in (checkpoints, samples):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(checkpoints):
+        names = r"latest\.pth|final_model\.pth|checkpoint_epoch_\d+\.pth"
+        remove_left_overs(checkpoints, names)
+        remove_left_overs(samples, r"sample_step_\d+\.png")
+        remove_left_overs(run_dir, r"metrics\.csv")
+        yield
 
 
 def describe(
@@ -336,7 +387,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"batch_size={config.batch_size} does not divide among {world_size} processes with "
             f"grad_accum={config.grad_accum}: use a multiple of {parts}")
-    return train(config, saved, args.tensorboard, rank, world_size)
+    with claimed(Path(config.run_dir)) if rank == 0 else nullcontext():
+        return train(config, saved, args.tensorboard, rank, world_size)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def called(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
     """
     main = importlib.import_module(name.removesuffix(".py")).main
     out, err = io.StringIO(), io.StringIO()
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
@@ -143,7 +143,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
 
 
 def torchrun(name: str, *arguments: str, options: tuple[str, ...] = ()) -> list[str]:
-    """The command line of two processes of the script."""
+    """The command line of two processes of a script, of the project or of any path."""
     line = [*python("torch.distributed.run"), "--standalone", "--nproc_per_node=2", *options]
     return [*line, str(ROOT / name), *map(str, arguments)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny
+from helpers import coloured_pictures, tiny
 from PIL import Image
 
 import data
@@ -211,14 +211,20 @@ def test_a_truncated_cache_is_made_anew(lost, folder):
 
 
 def test_left_overs_of_a_killed_process_are_removed_once_they_are_old(folder):
-    cache = folder.parent / "data"
-    cache.mkdir()
-    for name, age in (("old.images.1.tmp", 7200), ("young.images.2.tmp", 60)):
-        (cache / name).write_bytes(b"half")
-        then = time.time() - age
-        os.utime(cache / name, (then, then))
     load_images(config_of(folder))
-    assert [path.name for path in cache.glob("*.tmp")] == ["young.images.2.tmp"]
+    (cache,) = (folder.parent / "data").iterdir()
+    old = cache.with_name(f"{cache.name}.01234567.tmp")
+    young = cache.with_name(f"{cache.name}.89abcdef.tmp")
+    of_others = cache.with_name("old.tmp")
+    for path, age in ((old, 7200), (young, 60), (of_others, 7200)):
+        path.write_bytes(b"half")
+        then = time.time() - age
+        os.utime(path, (then, then))
+    cache.unlink()
+    load_images(config_of(folder))
+    assert not old.exists()
+    assert young.exists()
+    assert of_others.exists()
 
 
 def test_a_few_damaged_images_are_skipped_and_named(folder, capfd):
@@ -228,6 +234,30 @@ def test_a_few_damaged_images_are_skipped_and_named(folder, capfd):
     errors = capfd.readouterr().err
     assert "broken.png" in errors
     assert "half.jpg" in errors
+    load_images(config_of(folder))  # from the cache, where they are missing too
+    assert "2 of 9 images" in capfd.readouterr().err
+
+
+def test_an_image_that_cannot_be_read_today_is_not_left_out_for_ever(folder, monkeypatch):
+    read_bytes = Path.read_bytes
+
+    def broken(path: Path) -> bytes:
+        if path.name == "y.JPG":
+            raise OSError(5, "Input/output error", str(path))
+        return read_bytes(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", broken)
+        with pytest.raises(OSError, match="y.JPG"):
+            load_images(config_of(folder))
+    assert len(load_images(config_of(folder))) == 7
+
+
+def test_linked_folders_belong_to_it_and_a_loop_of_links_ends(folder, tmp_path):
+    coloured_pictures(tmp_path / "more", count=3)
+    (folder / "linked").symlink_to(tmp_path / "more")
+    (folder / "a" / "again").symlink_to(folder)
+    assert len(load_images(config_of(folder))) == 10
 
 
 @pytest.mark.parametrize(("name", "words"), [
@@ -274,6 +304,14 @@ def test_16_bits(format):  # Pillow would clip it to white
     assert np.array_equal(saved(sixteen, format=format), np.stack([RAMP] * 3))
 
 
+def test_32_bits():  # Pillow's mode I: of 8 bits, or of 16
+    assert np.array_equal(saved(Image.fromarray(RAMP.astype(np.int32)), format="TIFF")[0], RAMP)
+    large = Image.fromarray(RAMP.astype(np.int32) * 257)
+    assert np.array_equal(saved(large, format="TIFF")[0], RAMP)
+    with pytest.raises(ValueError, match="16 bits"):
+        saved(Image.fromarray(RAMP.astype(np.int32) * 1000), format="TIFF")
+
+
 def test_a_palette():
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
@@ -283,6 +321,12 @@ def test_a_palette():
 def test_transparency_is_put_on_white():
     assert colour(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), format="PNG") == [255, 255, 255]
     assert colour(Image.new("RGBA", (8, 8), (9, 8, 7, 255)), format="PNG") == [9, 8, 7]
+
+
+def test_a_transparent_grey_of_16_bits_is_put_on_white():
+    grey = Image.fromarray(np.full((8, 8), 1000, np.uint16))
+    assert colour(grey, format="PNG", transparency=1000) == [255, 255, 255]
+    assert colour(grey, format="PNG", transparency=2000) == [4, 4, 4]
 
 
 def test_cmyk():

@@ -7,21 +7,25 @@ import time
 from pathlib import Path
 
 import helpers
+import pytest
 from helpers import (
     begin,
+    coloured_pictures,
     command,
     differing,
     environment,
     everything,
     latest,
     metrics_rows,
-    python,
+    refused,
     succeeded,
     torchrun,
     wait_for,
 )
 
-SETTINGS = {"dropout": 0.0, "max_steps": 12, "log_every": 3, "sample_every": 6}
+from utils.cli import StopSignal
+
+SETTINGS = {"grad_accum": 2, "max_steps": 40, "log_every": 1, "sample_every": 20}
 
 
 def begin_training(
@@ -39,35 +43,49 @@ def train(run_dir: Path, *extra: str, **settings) -> str:
     return out
 
 
-def differing_weights(a: Path, b: Path) -> list[str]:
-    """All but the row after a stop, which lacks the other process's share of the loss before it."""
-    names = differing(everything(a), everything(b))
-    return [name for name in names if name not in ("metrics", "latest.sums")]
-
-
+# What a rank's optimizer gets, against the mean over the ranks of the gradients of their losses.
 GRADIENT = """
+import copy
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+from data import Batches
 from ddpm import DDPM
 from helpers import random_unet, tiny
+from train import TrainingState, train_step
 
-config = tiny()
-torch.manual_seed(0)
-model = random_unet(config)
-x = torch.rand(4, 3, 8, 8) * 2 - 1
-t = torch.tensor([0, 9, 18, 29])
-noise = torch.randn(4, 3, 8, 8)
-DDPM(model, config).training_loss(x, t, noise).backward()
-whole = [p.grad.clone() for p in model.parameters()]
-model.zero_grad()
+config = tiny(batch_size=8, grad_accum=2, dropout=0.0, grad_clip=0.0)
+device = torch.device("cpu")
 dist.init_process_group("gloo")
-rank = dist.get_rank()
-mine = slice(2 * rank, 2 * rank + 2)
-ddpm = DDPM(DistributedDataParallel(model), config)
-ddpm.training_loss(x[mine], t[mine], noise[mine]).backward()
-for gradient, p in zip(whole, model.parameters(), strict=True):
-    torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-5)
+images = np.random.default_rng(0).integers(0, 256, (8, 3, 8, 8), np.uint8)
+batches = Batches(images, config, device, dist.get_rank(), world_size=2)
+state = TrainingState(config, device, "fp32")
+torch.manual_seed(0)
+state.model.load_state_dict(random_unet(config).state_dict())
+before = DDPM(copy.deepcopy(state.model), config)
+ddpm = DDPM(DistributedDataParallel(state.model), config)
+
+def training_losses(x_start):
+    t, noise = torch.randint(30, (len(x_start),)), torch.randn_like(x_start)
+    loss = before.training_loss(x_start, t, noise) / 2  # of two micro-batches
+    loss.backward()
+    return DDPM.training_losses(ddpm, x_start, t, noise)
+
+gradients = []
+ddpm.training_losses = training_losses
+state.optimizer.register_step_pre_hook(
+    lambda *_: gradients.extend(p.grad.clone() for p in state.model.parameters()))
+losses, _, _ = train_step(ddpm, state, batches, config, "fp32")
+assert len(losses) == 4
+
+for gradient, p in zip(gradients, before.model.parameters(), strict=True):
+    mine = p.grad.clone()
+    dist.all_reduce(p.grad)
+    torch.testing.assert_close(gradient, p.grad / 2, atol=1e-5, rtol=1e-4)
+assert not torch.allclose(gradient, mine, atol=1e-5, rtol=1e-4)  # of the last layer
 dist.destroy_process_group()
 """
 
@@ -75,36 +93,60 @@ dist.destroy_process_group()
 def test_the_gradient_is_that_of_the_whole_batch(tmp_path):
     path = tmp_path / "gradient.py"
     path.write_text(GRADIENT)
-    line = [*python("torch.distributed.run"), "--standalone", "--nproc_per_node=2", str(path)]
+    line = torchrun(str(path))
     result = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment())
     assert result.returncode == 0, result.stderr
 
 
-def test_two_processes_train_resume_and_decode_once(pictures, tmp_path):
-    settings = {**pictures, "grad_accum": 2, "log_every": 1}
-    train(tmp_path / "whole", **settings)
-    train(tmp_path / "parts", "--resume", max_steps=5, **settings)
-    out = train(tmp_path / "parts", "--resume", **settings)
-    assert "2 x cpu" in out
-    assert out.count("training a U-Net") == 1
-    assert differing_weights(tmp_path / "whole", tmp_path / "parts") == []
-    assert len(list((tmp_path / "data").iterdir())) == 1
-    assert latest(tmp_path / "whole")["images_seen"] == 12 * 4
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The run of two processes that nothing interrupts, with its data beside it."""
+    root = tmp_path_factory.mktemp("whole")
+    train(root / "run", **data_of(root))
+    return root / "run"
 
+
+def data_of(root: Path) -> dict[str, Path]:
+    """Ten pictures, quicker to load than the shapes are to draw."""
+    folder = root / "pictures"
+    if not folder.exists():
+        coloured_pictures(folder)
+    return {"data": folder, "data_dir": root / "data"}
+
+
+def test_two_processes_decode_once_and_see_as_many_images_as_one(whole):
+    assert len(list((whole.parent / "data").iterdir())) == 1
+    assert latest(whole)["images_seen"] == 40 * 4
+
+
+def test_both_draw_for_themselves(whole, tmp_path):
     # Did both draw the same, it would be what one process draws for half of the batch.
-    half = {**SETTINGS, **settings, "batch_size": 2, "max_steps": 1}
+    half = {**SETTINGS, **data_of(whole.parent), "batch_size": 2, "max_steps": 1}
     succeeded(helpers.train(tmp_path / "half", **half))
-    loss_of_two, loss_of_one = (
-        metrics_rows(tmp_path / name)[0][2] for name in ("whole", "half"))
-    assert loss_of_two != loss_of_one
+    assert metrics_rows(whole)[0][2] != metrics_rows(tmp_path / "half")[0][2]
 
 
-def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    process = begin_training(tmp_path / "run", batch_size=5)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "batch_size=5 does not divide among 2 processes" in err
-    assert not (tmp_path / "run/checkpoints").exists()
+def test_a_signal_while_the_flags_are_exchanged_counts_at_the_next_step(monkeypatch):
+    stop = object.__new__(StopSignal)  # without handlers
+    stop.number = 0
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "torch.distributed.all_reduce", lambda *arguments: stop(signal.SIGTERM, None))
+        assert not stop.requested()  # as in the other processes
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *arguments: None)
+    assert stop.requested()
+    assert stop.number == signal.SIGTERM
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.start_processes", lambda: (0, 2))
+    for batch_size, accum, multiple in ((5, 1, 2), (6, 2, 4)):
+        settings = {"batch_size": batch_size, "grad_accum": accum}
+        result = helpers.train(tmp_path / "run", **settings)
+        refused(result, 1, f"batch_size={batch_size} does not divide among 2 processes",
+                f"multiple of {multiple}")
+    assert not (tmp_path / "run").exists()
 
 
 def rank_of(pid: int) -> int | None:
@@ -125,10 +167,10 @@ def children(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in Path(path).read_text().split()]
 
 
-def test_a_dead_rank_takes_the_others_down_and_torchrun_starts_again(pictures, tmp_path):
-    settings = {**pictures, "max_steps": 60, "sample_every": 0}
+def test_a_dead_rank_takes_the_others_down_and_torchrun_starts_again(whole, tmp_path):
+    settings = {**data_of(whole.parent), "save_minutes": 0.0}
     process = begin_training(
-        tmp_path / "run", "--resume", options=("--max-restarts=1",), save_minutes=0.0, **settings)
+        tmp_path / "run", "--resume", options=("--max-restarts=1",), **settings)
     wait_for(tmp_path / "run/metrics.csv", process)
     (second,) = [pid for pid in children(process) if rank_of(pid) == 1]
     os.kill(second, signal.SIGKILL)
@@ -137,16 +179,21 @@ def test_a_dead_rank_takes_the_others_down_and_torchrun_starts_again(pictures, t
     assert process.returncode == 0, err
     assert time.monotonic() - killed < 60
     assert out.count("training a U-Net") == 2
-    assert out.count("steps 0 to 60") == 1  # the second time it went on
-    train(tmp_path / "whole", **settings)
-    assert differing_weights(tmp_path / "whole", tmp_path / "run") == []
+    assert out.count("steps 0 to 40") == 1  # the second time it went on
+    assert differing(everything(tmp_path / "run"), everything(whole)) == []
 
 
-def test_sigterm_to_torchrun_saves(pictures, tmp_path):
-    settings = {**pictures, "max_steps": 100_000, "sample_every": 0}
-    process = begin_training(tmp_path / "run", **settings)
-    wait_for(tmp_path / "run/metrics.csv", process)
+def test_sigterm_to_torchrun_saves_and_nothing_is_lost(whole, tmp_path):
+    data = data_of(whole.parent)
+    grids = {"sample_every": 2, "sample_steps": 30, "num_samples": 2000}
+    process = begin_training(tmp_path / "run", **data, **grids)
+    wait_for(tmp_path / "run/metrics.csv", process)  # a long grid comes next
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert "stopped after" in out, err
-    assert latest(tmp_path / "run")["step"] > 0
+    assert 0 < latest(tmp_path / "run")["step"] < 40
+
+    out = train(tmp_path / "run", "--resume", **data)
+    assert "2 x cpu" in out
+    assert out.count("training a U-Net") == 1
+    assert differing(everything(tmp_path / "run"), everything(whole)) == []

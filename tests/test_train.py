@@ -22,6 +22,7 @@ from train import (
     learning_rate,
     train_step,
 )
+from utils.cli import UserError
 from utils.randomness import derive_seed
 
 CPU = torch.device("cpu")
@@ -381,13 +382,22 @@ def test_a_step_counts_itself_and_its_images():
     ({"batch_size": 8}, 5, 20, 8),
     ({"max_steps": 7}, 5, 20, 7),
     ({}, 10, 40, 10),
-    ({"epochs": 2}, 10, 40, 10),  # fewer than are done
+    ({"batch_size": 16}, 3, 48, 3),  # the last step went beyond the last epoch
 ])
 def test_epochs_are_counted_in_images(settings, step, images_seen, total):
     config = tiny(**{"epochs": 4, **settings})
     state = TrainingState(config, CPU, "fp32")
     state.step, state.images_seen = step, images_seen
     assert count_steps(config, state, num_images=10) == total
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 2}, {"max_steps": 9}])
+def test_less_than_what_is_done_is_refused(settings):
+    config = tiny(**settings)
+    state = TrainingState(config, CPU, "fp32")
+    state.step, state.images_seen = 10, 40
+    with pytest.raises(UserError, match="is impossible: the run has"):
+        count_steps(config, state, num_images=10)
 
 
 @pytest.mark.parametrize(("batch_size", "save_every", "num_images", "expected"), [
@@ -420,7 +430,7 @@ def test_when_a_grid_is_drawn(tmp_path):
 # It learns
 
 def test_the_loss_falls():
-    training = Training(tiny(dim=16, learning_rate=2e-3, batch_size=16), load_images(tiny())[:100])
+    training = Training(tiny(learning_rate=3e-3, batch_size=16), load_images(tiny(), "test"))
     training.state.model.initialise()
     losses = [training.step()[0].mean().item() for _ in range(60)]
     assert losses[0] == pytest.approx(1, abs=0.1)

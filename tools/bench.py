@@ -16,12 +16,11 @@ import math
 import multiprocessing
 import platform
 import resource
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -49,7 +48,7 @@ from utils.device import (
     select_device,
     select_precision,
 )
-from utils.files import write_json
+from utils.files import make_writable, write_json
 from utils.randomness import ImageNoise
 
 # What is measured: the network, a training step, and an iterator that evaluates it once each time.
@@ -127,7 +126,8 @@ def convolution(config: Config, precision: str) -> Codebase:
     gradient = torch.ones_like(x)
 
     def train() -> None:
-        torch.autograd.grad(conv(x), (x, conv.weight), gradient)
+        conv(x).backward(gradient)
+        x.grad = conv.weight.grad = None
 
     def evaluations() -> Iterator[Any]:
         while True:
@@ -266,8 +266,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_settings()
     args = parser.parse_args(argv)
     config = parser.config(args)
-    # As for SIGINT: otherwise the process of a turn would outlive this one.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     device = select_device(config.device)
     config = replace(config, device=device.type)
     precision = select_precision(config.precision, device, config.dim)
@@ -276,10 +274,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError("--peers needs a package that is not installed: pip install diffusers")
         unet_settings(config)  # refuses a network that diffusers does not have
     if args.json:
-        try:
-            args.json.open("a").close()  # now rather than after the measuring
-        except OSError as error:
-            raise UserError(f"{args.json} cannot be written: {error}") from error
+        make_writable(args.json)
 
     contenders = {"ours": (ours, config, precision)}
     native = ["fp32", "bf16"] if has_bf16(device) else ["fp32"]
@@ -316,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         write_json(args.json, {
             "machine": machine(device),
             "torch": torch.__version__,
-            "settings": parser.given_settings(args),
+            "settings": asdict(config),
             "precision": precision,
             "compiled": compiled,
             "ratios": ratios,

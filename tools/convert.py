@@ -22,7 +22,7 @@ import torch
 
 from config import Config, level_sizes
 from model import ResBlock, UNet
-from utils.checkpoint import load_network, load_weights, save_checkpoint
+from utils.checkpoint import load_network, save_checkpoint
 from utils.cli import CommandLine, UserError, run
 
 # Our layer name -> diffusers' name(s); qkv is one layer here and three there.
@@ -236,7 +236,7 @@ def from_diffusers(folder: Path, path: Path, diffusers: ModuleType) -> None:
     weights = {}
     for name, their_names in weight_names(model).items():
         weights[name] = torch.cat([their_weights[their_name] for their_name in their_names])
-    load_weights(model, weights, folder)
+    model.load_state_dict(weights)
     save_checkpoint({"config": asdict(config), "step": 0, "ema": model.state_dict()}, path)
 
 

@@ -4,6 +4,7 @@ latest.pth holds config, step, images_seen, model, ema, optimizer, scaler and th
 row of metrics.csv; a kept checkpoint only config, step and ema: all that sampling needs.
 """
 
+import hashlib
 import pickle
 import zipfile
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from config import Config, level_sizes
 from model import UNet
@@ -43,8 +45,10 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
             raise OSError(str(error).splitlines()[0]) from error
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The dict in the file.
+def load_checkpoint(
+    path: Path, device: torch.device | str = "cpu", mmap: bool = False
+) -> dict[str, Any]:
+    """The dict in the file; mmap: its tensors are read when they are used.
 
     Raises UserError where it is missing, damaged, not a checkpoint, or would run code.
     """
@@ -53,7 +57,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     if not zipfile.is_zipfile(path):  # which torch.save makes
         raise UserError(f"{path} is truncated, or not a checkpoint of this project")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it holds a pickle that could run code") from error
     except Exception as error:  # a damaged file can raise anything
@@ -66,11 +70,18 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 
 def load_network(path: Path, device: torch.device) -> tuple[UNet, Config, int]:
-    """The network of a checkpoint with its EMA weights, its config and its training steps."""
+    """The network of a checkpoint with its EMA weights, its config and its training steps.
+
+    Raises UserError where the weights do not fit the config or are not finite.
+    """
     content = load_checkpoint(path, device)
     config = read_config(content, path)
     model = UNet(config).to(device).eval()
-    load_weights(model, content["ema"], path)
+    check_alike(content["ema"], model.state_dict(), "ema", path)
+    check_alike(content["step"], 0, "step", path)
+    if not is_finite(content["ema"]):
+        raise UserError(f"{path} holds weights that are not finite: take an earlier checkpoint")
+    model.load_state_dict(content["ema"])
     return model, config, content["step"]
 
 
@@ -88,25 +99,63 @@ def read_config(content: dict[str, Any], path: Path) -> Config:
         raise UserError(f"{path} has a config that this version cannot use: {error}") from error
 
 
-def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{path} holds the weights of another network than its config says: {reason}"
-        ) from error
+def check_alike(value: Any, expected: Any, name: str, path: Path) -> None:
+    """Raises UserError at the first place where value, read from path, is not made like expected.
+
+    Dicts have the same keys, tensors the same shape and type; nothing is used before that is known.
+    """
+    if isinstance(expected, dict) and isinstance(value, dict):
+        if value.keys() != expected.keys():
+            differing = sorted(map(str, value.keys() ^ expected.keys()))
+            problem = f"it lacks, or has too many of: {', '.join(differing)[:200]}"
+            raise UserError(f"{path} holds {NOT_OF_CONFIG}: {name}: {problem}")
+        for key in expected:
+            check_alike(value[key], expected[key], f"{name}.{key}", path)
+    elif isinstance(expected, Tensor) and isinstance(value, Tensor):
+        if value.shape != expected.shape or value.dtype != expected.dtype:
+            problem = f"{tuple(value.shape)} {value.dtype} instead of {tuple(expected.shape)} "
+            raise UserError(f"{path} holds {NOT_OF_CONFIG}: {name}: {problem}{expected.dtype}")
+    elif type(value) is not type(expected) or (type(value) is int and value < 0):
+        raise UserError(f"{path} holds {NOT_OF_CONFIG}: {name} is {str(value)[:50]!r}")
+
+
+NOT_OF_CONFIG = "another network or state than its config says"
+
+
+def is_finite(content: Any) -> bool:
+    """Whether no tensor in the nested dicts has an infinity or a NaN."""
+    if isinstance(content, dict):
+        return all(is_finite(value) for value in content.values())
+    if isinstance(content, Tensor) and content.is_floating_point():
+        return bool(content.isfinite().all())
+    return True
+
+
+def network_digest(model: UNet, config: Config) -> str:
+    """What tells one network from another: its weights, and what they are the weights of."""
+    digest = hashlib.sha256(repr([getattr(config, name) for name in FIXED]).encode())
+    for weights in model.state_dict().values():
+        digest.update(weights.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint in run_dir/checkpoints that was written last; UserError if there is none."""
+    """The checkpoint in run_dir/checkpoints of most steps; UserError if there is none.
+
+    By the step inside, since copying changes a file's date.  Of equal ones final_model.pth.
+    """
     folder = checkpoints_of(run_dir)
-    paths = folder.glob("*.pth")
-    newest = max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
-    if newest is None:
+    paths = [path for path in folder.glob("*.pth") if path.is_file()]
+    if not paths:
         raise UserError(f"no checkpoint in {folder}: train first, or name one with "
                         "--checkpoint FILE")
-    return newest
+
+    def newness(path: Path) -> tuple[int, bool]:
+        step = load_checkpoint(path, mmap=True)["step"]
+        check_alike(step, 0, "step", path)
+        return step, path.name == "final_model.pth"
+
+    return max(sorted(paths), key=newness)
 
 
 # Resuming
@@ -123,14 +172,15 @@ def open_run(run_dir: str, resume: bool) -> dict[str, Any]:
         if missing:
             raise UserError(f"{latest} cannot be resumed from: it lacks {', '.join(missing)}")
         return content
-    holds_checkpoints = any(latest.parent.glob("*.pth"))
-    holds_metrics = (Path(run_dir) / "metrics.csv").exists()
-    if resume and holds_checkpoints:
+    if any(latest.parent.glob("*.pth")) and resume:
         raise UserError(f"{latest.parent} holds checkpoints but no latest.pth to resume from: "
                         "choose another --run_dir")
-    if not resume and (holds_checkpoints or holds_metrics):
+    if any(latest.parent.glob("*.pth")):
         raise UserError(f"{run_dir} already holds a run: go on with --resume, or choose another "
                         "--run_dir")
+    if (Path(run_dir) / "metrics.csv").exists():
+        raise UserError(f"{run_dir} holds a metrics.csv but no run to resume: move it away, or "
+                        "choose another --run_dir")
     return {}
 
 

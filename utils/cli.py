@@ -1,14 +1,16 @@
 """What makes a file a script: its flags, its one-line errors, its progress bar, how it ends."""
 
 import argparse
+import errno
 import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -16,12 +18,21 @@ from tqdm import tqdm
 
 from config import PRESETS, Config
 
-# Lively on a terminal, sparing in a log file.
-progress_bar = partial(tqdm, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+def progress_bar(*arguments: Any, **options: Any) -> tqdm:
+    """tqdm, lively on a terminal and sparing in a log file."""
+    seconds = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(*arguments, mininterval=seconds, **options)
 
 
 class UserError(Exception):
     """Something that the user can mend; the scripts show its one line and exit with status 1."""
+
+
+def warn(text: str) -> None:
+    """A line on stderr, above the progress bar; of torchrun's processes, from the first one."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -36,6 +47,8 @@ class CommandLine(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(2)  # every process of torchrun has the same command line: rank 0 says it
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
 
     def add_number(
@@ -81,16 +94,15 @@ class CommandLine(argparse.ArgumentParser):
             self.add_argument(f"--{f.name}", help=help, **options)
 
     def given_settings(self, args: argparse.Namespace) -> dict[str, Any]:
-        """The fields of Config that the command line names, by its preset or by a flag."""
+        """The fields of Config that flags name."""
         names = {f.name for f in fields(Config)}
-        flags = {name: value for name, value in vars(args).items() if name in names}
-        preset = PRESETS.get(getattr(args, "preset", ""), {})
-        return {**preset, **flags}
+        return {name: value for name, value in vars(args).items() if name in names}
 
     def config(self, args: argparse.Namespace) -> Config:
-        """The Config of the command line; ends the script where it is impossible."""
+        """The Config of the preset and the flags; ends the script where it is impossible."""
+        preset = PRESETS.get(getattr(args, "preset", ""), {})
         try:
-            return Config(**self.given_settings(args))
+            return Config(**{**preset, **self.given_settings(args)})
         except ValueError as error:
             self.error(str(error))
 
@@ -101,25 +113,44 @@ class CommandLine(argparse.ArgumentParser):
                 self.error(f"--{name} has no effect {where}")
 
 
-class StopSignal:
-    """SIGINT and SIGTERM: the first asks for an end after this step, a second ends the process now.
+class Interrupted(BaseException):
+    """SIGTERM or SIGHUP, where nothing has asked for another treatment: as KeyboardInterrupt is."""
 
-    number is that of the first signal, 0 before it.
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+# The terminal that is closed (SIGHUP, not on Windows) and the machine that goes down.
+END_SIGNALS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
+def interrupt(number: int, frame: Any) -> NoReturn:
+    raise Interrupted(number)
+
+
+class StopSignal:
+    """From now on SIGINT, SIGTERM and SIGHUP ask for an end after this step; number says which did.
+
+    A second SIGINT or SIGTERM ends the process at once, unless torchrun started it: that one
+    passes on to every process what each may have received itself.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *END_SIGNALS):
             signal.signal(number, self)
 
     def __call__(self, number: int, frame: Any) -> None:
-        if self.number:
+        is_second = self.number > 0 and number in (signal.SIGINT, signal.SIGTERM)
+        if is_second and not dist.is_initialized():
             os._exit(128 + number)
         self.number = number
 
     def requested(self) -> bool:
-        """Whether any process was told to stop.  Asked once per step by all of them, so that all of
-        them stop after the same one."""
+        """Whether any process was told to stop.
+
+        Asked once per step by all of them, so that all of them stop after the same step.
+        """
         if dist.is_initialized():
             shared = torch.tensor(self.number)
             dist.all_reduce(shared, dist.ReduceOp.MAX)
@@ -127,26 +158,85 @@ class StopSignal:
         return self.number > 0
 
 
+class HarmlessStream:
+    """Standard output or error whose reader may go away: what cannot be written is dropped."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream or os.fdopen(open_nowhere(), "w")  # it is None where it was closed
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.drop()
+
+    def drop(self) -> None:
+        """All that is still to come, and what waits in the buffer, goes to nowhere."""
+        os.dup2(open_nowhere(), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def open_nowhere() -> int:
+    return os.open(os.devnull, os.O_WRONLY)
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Call main and exit with its status; what the user can mend becomes one line and status 1."""
+    sys.stdout, sys.stderr = HarmlessStream(sys.stdout), HarmlessStream(sys.stderr)
+    for number in END_SIGNALS:
+        signal.signal(number, interrupt)
+    status, problem = 1, ""
     try:
         status = main()
     except UserError as error:
-        status = f"{sys.argv[0]}: error: {error}"
+        problem = str(error)
+    except OSError as error:
+        problem = describe_os_error(error)
     except (torch.OutOfMemoryError, MemoryError):
-        status = out_of_memory()
+        problem = OUT_OF_MEMORY
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # the CPU's allocator has no type of its own
             raise
-        status = out_of_memory()
+        problem = OUT_OF_MEMORY
     except KeyboardInterrupt:
-        status = 130
+        status, problem = 128 + signal.SIGINT, INTERRUPTED
+    except Interrupted as error:
+        status, problem = 128 + error.number, INTERRUPTED
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if problem:
+        if os.environ.get("RANK", "0") != "0":
+            # Rank 0 has most likely said the same, and torchrun is about to end this process.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
+        print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr, flush=True)
+    print(end="", flush=True)
     sys.exit(status)
 
 
-def out_of_memory() -> str:
-    return (f"{sys.argv[0]}: error: out of memory: lower --batch_size, or to train, raise "
-            "--grad_accum or lower --dim or --image_size")
+INTERRUPTED = "interrupted: what was not finished is not kept"
+OUT_OF_MEMORY = ("out of memory: lower --batch_size, or to train, raise --grad_accum or lower "
+                 "--dim or --image_size")
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line: the file, what the system says of it, what to do."""
+    remedies = {
+        errno.ENOSPC: "free some space, or name another place",
+        errno.EDQUOT: "free some space, or name another place",
+        errno.EACCES: "allow it, or name another place",
+        errno.EROFS: "name another place",
+    }
+    reason = error.strerror or str(error)
+    remedy = remedies.get(error.errno, "name another one")
+    return f"{error.filename or 'a file'}: {reason}: {remedy}"

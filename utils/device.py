@@ -8,8 +8,6 @@ optimizer stay in fp32 whatever the precision.
 import ctypes
 import os
 import platform
-import sys
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -17,9 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
-from utils.cli import UserError
+from utils.cli import UserError, warn
 
 
 def select_device(name: str) -> torch.device:
@@ -79,10 +76,8 @@ def select_precision(name: str, device: torch.device, dim: int) -> str:
         # On a CPU the casts of autocast cost a narrow network more than bf16 saves it.
         wide_enough = device.type == "cuda" or dim >= 16
         return "bf16" if native and wide_enough else "fp32"
-    if name == "bf16" and not native:
-        warnings.warn(
-            f"this {device.type} has no bf16 arithmetic of its own: fp32 is many times faster",
-            stacklevel=2)
+    if name == "bf16" and not native or name == "fp16" and device.type == "cpu":
+        warn(f"this {device.type} has no {name} arithmetic of its own: fp32 is many times faster")
     return name
 
 
@@ -96,8 +91,8 @@ def memory_format(device: torch.device, precision: str) -> torch.memory_format:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Convolutions and products inside run in the precision.
 
-    autocast caches the 16-bit copies of trainable weights until it ends; the EMA's, which are not
-    trained, are cast at every call.
+    autocast caches the 16-bit copies of weights until it ends, but only of those that require a
+    gradient: the EMA's do, although none is taken.
     """
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
@@ -126,8 +121,7 @@ def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callabl
         return torch._dynamo.lookup_backend("inductor")(graph, inputs)
     except Exception as error:  # a compiler that is missing or broken can raise anything
         reason = " ".join(str(error).split())[:150]
-        tqdm.write(f"warning: torch.compile failed ({reason}): going on without it",
-                   file=sys.stderr)
+        warn(f"torch.compile failed ({reason}): going on without it")
         return graph.forward
 
 
@@ -138,7 +132,8 @@ def start_processes() -> tuple[int, int]:
 
     (rank, world_size), which is (0, 1) without torchrun.
     """
-    if "RANK" not in os.environ:
+    started_by_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not started_by_torchrun:
         return 0, 1
     # Long, since the first process may download and decode the data while the others wait.
     patience = timedelta(hours=2)

@@ -1,9 +1,10 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and whose they are."""
 
+import errno
 import json
 import os
+import re
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
-from tqdm import tqdm
 
-from utils.cli import UserError
+from utils.cli import UserError, warn
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
 
 
 @contextmanager
@@ -34,21 +39,59 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def remove_left_overs(folder: Path, seconds: float = 0) -> None:
-    """The temporary files that killed processes left behind, where they are older than that."""
-    for path in folder.glob("*.tmp"):
-        if time.time() - path.stat().st_mtime >= seconds:
-            path.unlink(missing_ok=True)
+def remove_left_overs(folder: Path, names: str, seconds: float = 0) -> None:
+    """What atomic_write of files of these names (a pattern) left behind where it was killed.
+
+    Others' files are let alone, and those younger than seconds: somebody may be writing them.
+    """
+    made_here = re.compile(rf"({names})\.[0-9a-f]{{8}}\.tmp")
+    for path in folder.iterdir():
+        if made_here.fullmatch(path.name) and path.is_file():
+            age = time.time() - path.stat().st_mtime
+            if age >= seconds:
+                path.unlink(missing_ok=True)
+
+
+def make_writable(path: Path) -> None:
+    """Make the folder of a file that will be written, and try it; else OSError, before the work."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
+    if path.exists() and not path.is_file():  # /dev/null would be replaced
+        raise OSError(errno.EINVAL, "Not a file", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    trial.touch()
+    trial.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder inside.  The lock is the system's: it dies with the process.
+
+    Raises UserError where another process holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f"another process is at work in {folder}: wait for it, or choose another "
+                        "folder") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Raises UserError where path cannot be written."""
     text = json.dumps(values, indent=2) + "\n"
-    try:
-        with atomic_write(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
@@ -66,12 +109,13 @@ class PatientWriter:
     def __init__(self) -> None:
         self.unwritten: set[Path] = set()
 
-    def write(self, path: Path, save: Callable[[Path], None]) -> None:
+    def write(self, path: Path, save: Callable[[Path], None]) -> bool:
+        """True where it was written."""
         try:
             save(path)
         except OSError as error:
             self.unwritten.add(path)
-            tqdm.write(f"warning: {path} could not be written ({error}); what was there before is "
-                       "still there", file=sys.stderr)
-        else:
-            self.unwritten.discard(path)
+            warn(f"{path} could not be written ({error}); what was there before is still there")
+            return False
+        self.unwritten.discard(path)
+        return True

@@ -20,7 +20,7 @@ from utils.files import PatientWriter, atomic_write
 class Metrics:
     """Sums over the steps since the last row, kept on the device: no step waits for them."""
 
-    def __init__(self, timesteps: int, device: torch.device, images_seen: int = 0) -> None:
+    def __init__(self, timesteps: int, device: torch.device) -> None:
         self.timesteps = timesteps
         # Views of one tensor, which processes add up and checkpoints hold.  losses and images are
         # by quarter of t, the lowest first.
@@ -28,6 +28,9 @@ class Metrics:
         self.steps, self.grad_norm, self.losses, self.images = self.sums.split([1, 1, 4, 4])
         self.smoothed = torch.zeros((), device=device)  # loss, for the progress bar
         self.added = 0
+
+    def start_clock(self, images_seen: int) -> None:
+        """images_per_sec of the next row counts from here."""
         self.images_before = images_seen
         self.clock = time.perf_counter()
 
@@ -56,20 +59,24 @@ class Metrics:
         }
         for i in range(4):
             row[f"loss_q{i + 1}"] = losses[i] / counts[i] if counts[i] else math.nan
-        now = time.perf_counter()
         row["lr"] = lr
         row["grad_norm"] = grad_norm / steps
-        row["images_per_sec"] = (images_seen - self.images_before) / (now - self.clock)
+        seconds = time.perf_counter() - self.clock
+        row["images_per_sec"] = (images_seen - self.images_before) / seconds
         self.sums.zero_()
-        self.images_before, self.clock = images_seen, now
+        self.start_clock(images_seen)
         return row
 
     def check_finite(self, step: int) -> None:
-        """Called before anything is written, so that what is on the disk is always good."""
+        """Raises UserError where one of the steps since the last row was not."""
         if not math.isfinite(self.sums.sum().item()):
-            raise UserError(
-                f"the loss or its gradient is not finite at step {step}: try a lower "
-                "--learning_rate, --grad_clip 1, or --precision fp32; latest.pth is as it was")
+            raise not_finite(step)
+
+
+def not_finite(step: int) -> UserError:
+    return UserError(
+        f"the loss, its gradient or the weights are not finite at step {step}: try a lower "
+        "--learning_rate, --grad_clip 1, or --precision fp32; latest.pth is as it was before")
 
 
 class MetricsFile:
@@ -97,9 +104,16 @@ class MetricsFile:
 
 
 def read_rows(path: Path, step: int) -> list[str]:
-    """The header and the rows up to step: a resumed run writes those after it again."""
+    """The header and the rows up to step: a resumed run writes those after it again.
+
+    Raises UserError where it is another file than this project writes.
+    """
     text = path.read_bytes().decode("utf-8-sig", errors="replace")
     lines = text.splitlines()
+    if not lines:
+        return []
+    if not lines[0].startswith("step,"):
+        raise UserError(f"{path} is not a table that this project wrote: move it away")
     kept = lines[:1]
     for line in lines[1:]:
         number = line.split(",")[0]
