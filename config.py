@@ -38,6 +38,7 @@ class Config:
     dropout: float = setting(0.1, "inside the residual blocks, in training only")
 
     timesteps: int = setting(1000, "T, the length of the diffusion", 2)
+    # A new schedule: its name here, its formula in ddpm.beta_schedule.
     beta_schedule: str = setting("linear", "the noise schedule", choices=("linear", "cosine"))
     beta_start: float = setting(0.0001, "linear: first beta at T = 1000 (scaled by 1000/T)", 1e-8)
     beta_end: float = setting(0.02, "linear: last beta at T = 1000 (scaled by 1000/T)", 1e-8)
@@ -54,7 +55,7 @@ class Config:
     grad_accum: int = setting(1, "micro-batches per step: less memory", 1)
     ema_decay: float = setting(
         0.9999, "of the averaged weights; ramped, so reached after 9 / (1 - ema_decay) steps")
-    seed: int = setting(0, "every random draw follows from it")
+    seed: int = setting(0, "every random draw of the run follows from it")
 
     device: str = setting("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = setting(
@@ -165,7 +166,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
         "warmup_steps": 0,
         "max_steps": 3000,
-        "sample_steps": 250,
+        "sample_steps": 20,
         "save_every": 0,
         "run_dir": "runs/demo",
     },

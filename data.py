@@ -68,15 +68,15 @@ class Batches:
     ) -> None:
         self.images = images
         self.seed = config.seed
-        self.size = config.batch_size // world_size
+        self.batch_size = config.batch_size // world_size  # of this process
         self.device = device
         self.rank = rank
         if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.images = torch.tensor(images, device=device)
 
     def __call__(self, images_seen: int) -> Tensor:
-        first = images_seen + self.rank * self.size
-        indices = data_order(self.seed, first, self.size, len(self.images))
+        first = images_seen + self.rank * self.batch_size
+        indices = data_order(self.seed, first, self.batch_size, len(self.images))
         if isinstance(self.images, Tensor):
             batch = self.images[torch.from_numpy(indices).to(self.device)]
         else:
@@ -101,6 +101,7 @@ def data_order(seed: int, first: int, count: int, num_images: int) -> np.ndarray
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """The order of the images [num_images] in an epoch."""
     generator = np.random.default_rng(derive_seed("epoch", seed, epoch))
     return generator.permutation(num_images)
 
@@ -108,8 +109,8 @@ def permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
 def load_images(config: Config, split: str = "train") -> np.ndarray:
     """The images of config.data as uint8 [N, C, H, W].
 
-    A folder has no splits: all of it for each.  Raises UserError where there is nothing to load or
-    to download.
+    A folder has no splits: either one is all of it.  Raises UserError where there is nothing to
+    load or to download.
     """
     size, channels = config.image_size, config.channels
     if config.data == "shapes":
@@ -201,7 +202,7 @@ def read_cache(cache: Path, num_paths: int, size: int, channels: int) -> np.ndar
 def decode_folder(paths: list[Path], cache: Path, size: int, channels: int) -> None:
     """Write the images of paths to cache, and which of them could be read; name the damaged ones.
 
-    Raises OSError where the system does not let one be read: that may be another tomorrow.
+    Raises OSError where a file cannot be opened: unlike damage that may pass, so no cache is made.
     """
     problems = []
 

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from config import Config
 
-Noise = Callable[[int], Tensor]  # t -> standard normal noise like x_t
+Noise = Callable[[int], Tensor]  # called with t -> standard normal noise like x_t
+
+# The defaults of fewer steps: best where they were measured (README, "Few steps").
+ETA, ORDER, SPACING = 1.0, 2, "uniform"
 
 
 def linear_beta_schedule(timesteps: int, start: float = 1e-4, end: float = 0.02) -> Tensor:
@@ -92,8 +95,9 @@ class DDPM(nn.Module):
         keep("posterior_mean_coef1", coef1)
         keep("posterior_mean_coef2", coef2)
 
-        # p(x_{t-1} | x_t).  Sampling adds no noise at t = 0; the entry there serves the likelihood,
-        # which beta_0 would make poor: fixed_large takes that of t = 1, as the paper's code does.
+        # p(x_{t-1} | x_t).  Sampling adds no noise at t = 0.  The likelihood needs a variance
+        # there, and the posterior has none: as in the paper's code it is that of t = 1.
+        keep("decoder_variance", posterior_variance[1])
         fixed_large = torch.cat([posterior_variance[1:2], betas[1:]])
         is_large = config.variance == "fixed_large"
         keep("model_variance", fixed_large if is_large else posterior_variance)
@@ -124,7 +128,8 @@ class DDPM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The loss of Algorithm 1, Eq. 14, of each image: losses [B] float32, and their t [B].
 
-        A loss is the mean over an image's elements of (noise - pred_noise)^2; t is uniform.
+        A loss is the mean over an image's elements of (noise - pred_noise)^2.  Where it is not
+        given, t is uniform in 0..T-1.
         """
         if t is None:
             t = torch.randint(self.timesteps, x_start.shape[:1], device=x_start.device)
@@ -182,18 +187,23 @@ class DDPM(nn.Module):
             t_start = self.timesteps - 1
         with evaluating(self):
             for t in range(t_start, -1, -1):
-                step_noise = noise(t) if noise is not None and t > 0 else None
+                draws = noise is not None and t > 0  # p_sample has no use for it at t = 0
+                step_noise = noise(t) if draws else None
                 x_t = self.p_sample(x_t, batch_of(t, x_t), step_noise)
                 yield t, x_t
 
     @torch.no_grad()
     def ddim_sample_loop(
-        self, x_t: Tensor, timesteps: Sequence[int], eta: float = 0.0, noise: Noise | None = None
+        self, x_t: Tensor, timesteps: Sequence[int], eta: float = ETA, order: int = ORDER,
+        noise: Noise | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """DDIM (arXiv 2010.02502, Eq. 12 and 16) over falling timesteps: yields (t, x after it).
+        """Fewer steps, over falling timesteps: yields (t, x after the step at t).
 
-        eta 0 draws no noise; eta 1 over all timesteps is Algorithm 2 with fixed_small variance.
+        Order 1 is DDIM (arXiv 2010.02502, Eq. 12 and 16).  Order 2 also follows where x_0 was
+        heading: at eta 0 it is DPM-Solver++(2M) (arXiv 2211.01095), at eta 1 its SDE variant.
+        eta 0 draws no noise; eta 1, order 1 over all timesteps is Algorithm 2 with fixed_small.
         """
+        x_start_before, h_before = None, 0.0
         with evaluating(self):
             for t, t_next in pairwise([*timesteps, -1]):
                 abar = self.alphas_cumprod_float64[t]
@@ -201,10 +211,18 @@ class DDPM(nn.Module):
                 variance = eta**2 * (1 - abar / abar_next) * (1 - abar_next) / (1 - abar)
 
                 pred_x_start = self.predict_x_start(x_t, batch_of(t, x_t))
-                # The network's own noise no longer fits once x_0 is clipped.
-                eps = (x_t - math.sqrt(abar) * pred_x_start) / math.sqrt(1 - abar)
+                x_start = pred_x_start
+                if t_next >= 0:  # the last step takes x_0 itself
+                    h = log_snr(abar_next) - log_snr(abar)
+                    if order == 2 and x_start_before is not None:
+                        change = pred_x_start - x_start_before
+                        x_start = pred_x_start + change * h / (2 * h_before)
+                    x_start_before, h_before = pred_x_start, h
+
+                # The network's own noise no longer fits once x_0 is clipped or moved.
+                eps = (x_t - math.sqrt(abar) * x_start) / math.sqrt(1 - abar)
                 eps_scale = math.sqrt(max(0.0, 1 - abar_next - variance))
-                x_t = math.sqrt(abar_next) * pred_x_start + eps_scale * eps
+                x_t = math.sqrt(abar_next) * x_start + eps_scale * eps
                 if variance > 0:
                     step_noise = torch.randn_like(x_t) if noise is None else noise(t)
                     x_t = x_t + math.sqrt(variance) * step_noise
@@ -212,25 +230,31 @@ class DDPM(nn.Module):
 
     def sample_loop(
         self, x_t: Tensor, steps: int | None = None, eta: float | None = None,
-        spacing: str = "quadratic", noise: Noise | None = None, t_start: int | None = None,
+        spacing: str = SPACING, order: int = ORDER, noise: Noise | None = None,
+        t_start: int | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """From x_t at t_start (T - 1 where None) to x_0: yields (t, x after the step at t).
 
-        Algorithm 2 or fewer steps, as is_algorithm_2 says; eta is 0 unless given.
+        Algorithm 2 or fewer steps, as is_algorithm_2 says.  eta from 0 to 1, order 1 or 2, spacing
+        as in spaced_timesteps; ValueError for others.
         """
         if t_start is None:
             t_start = self.timesteps - 1
         if is_algorithm_2(t_start + 1, steps, eta):
             return self.p_sample_loop(x_t, t_start, noise)
-        timesteps = spaced_timesteps(t_start + 1, steps or t_start + 1, spacing)
-        return self.ddim_sample_loop(x_t, timesteps, eta or 0.0, noise)
+        steps = t_start + 1 if steps is None else steps
+        eta = ETA if eta is None else eta
+        if order not in (1, 2) or not 0 <= eta <= 1:
+            raise ValueError(f"order={order}, eta={eta} is impossible: 1 or 2, and from 0 to 1")
+        timesteps = spaced_timesteps(t_start + 1, steps, spacing)
+        return self.ddim_sample_loop(x_t, timesteps, eta, order, noise)
 
     def sample(
         self, x_T: Tensor, steps: int | None = None, eta: float | None = None,
-        spacing: str = "quadratic", noise: Noise | None = None,
+        spacing: str = SPACING, order: int = ORDER, noise: Noise | None = None,
     ) -> Tensor:
         """x_T [B, C, H, W], standard normal -> x_0 in [-1, 1].  Arguments as in sample_loop."""
-        for _, x in self.sample_loop(x_T, steps, eta, spacing, noise):
+        for _, x in self.sample_loop(x_T, steps, eta, spacing, order, noise):
             pass
         return x
 
@@ -238,6 +262,11 @@ class DDPM(nn.Module):
 def at(coefficients: Tensor, t: Tensor) -> Tensor:
     """coefficients [T] at t [B] -> [B, 1, 1, 1], to broadcast against images."""
     return coefficients[t].view(-1, 1, 1, 1)
+
+
+def log_snr(abar: float) -> float:
+    """Half the logarithm of signal over noise, abar / (1 - abar): lambda in DPM-Solver."""
+    return math.log(abar / (1 - abar)) / 2
 
 
 def batch_of(t: int, x_t: Tensor) -> Tensor:
@@ -250,7 +279,7 @@ def is_algorithm_2(num_timesteps: int, steps: int | None, eta: float | None) -> 
     return steps in (None, num_timesteps) and eta is None
 
 
-def spaced_timesteps(T: int, S: int, spacing: str = "quadratic") -> list[int]:
+def spaced_timesteps(T: int, S: int, spacing: str = SPACING) -> list[int]:
     """S distinct timesteps falling from T - 1; quadratic: closer together near 0.
 
     Raises ValueError where S is not in 1..T, or for another spacing.

@@ -3,7 +3,7 @@
     python evaluate.py --metric bpd --checkpoint FILE
     python evaluate.py --metric bpd --num_images 500 --timesteps_per_image 50
     python evaluate.py --metric fid --run_dir runs/paper      50,000 samples
-    python evaluate.py --metric fid --steps 100               ... by DDIM
+    python evaluate.py --metric fid --steps 100               ... in fewer steps
     python evaluate.py --metric fid --images DIR              ... made before
 """
 
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from config import Config
 from data import DOWNLOADS, images_below, load_folder, load_images, to_float
-from ddpm import DDPM, Noise, at, batch_of, evaluating, is_algorithm_2
-from inference import Sampler, add_shared_flags, read_record
+from ddpm import DDPM, Noise, at, batch_of, evaluating
+from inference import Sampler, add_shared_flags, read_record, refuse_without_fewer_steps
 from utils.cli import CommandLine, UserError, progress_bar, run
 from utils.device import autocast, maybe_compile
 from utils.files import make_writable, write_json
@@ -36,7 +36,7 @@ REMARKS = {  # the paper's figures: CIFAR-10, its own network after 800,000 step
     "total": "bits/dim, an upper bound  (paper: 3.75 on CIFAR-10's test set)",
     "standard_error": "bits/dim, of total over the images",
     "prior": "bits/dim, L_T  (paper: about 1e-5)",
-    "rate": "bits/dim, L_1 .. L_{T-1}  (paper: 1.78)",
+    "rate": "bits/dim, L_1 .. L_{T-1}  (paper, with L_T: 1.78)",
     "distortion": "bits/dim, L_0  (paper: 1.97)",
     "rmse": "of 255, of the x_0 predicted at t = 0  (paper: 0.95)",
     "fid": "(paper: 3.17 of 50,000 by Algorithm 2 against CIFAR-10's training set)",
@@ -73,10 +73,9 @@ def bits_per_dim(
     prior = bits((abar_T * x_start.square() - abar_T - math.log1p(-abar_T)) / 2)
 
     with evaluating(ddpm):
-        # L_0: at t = 0 the mean is pred_x_start.  The variance is that of t = 1, as in fixed_large:
-        # fixed_small has none at t = 0.
+        # L_0: at t = 0 the mean is pred_x_start.
         pred_x_start = predict(batch_of(0, x_start), 0)
-        std = ddpm.posterior_variance[1].sqrt()
+        std = ddpm.decoder_variance.sqrt()
         distortion = bits(-discretized_log_likelihood(x_start, pred_x_start, std))
         mse = (x_start - pred_x_start).square().mean(dim=(1, 2, 3))
 
@@ -160,8 +159,9 @@ def bpd(sampler: Sampler, data: Config, args: argparse.Namespace) -> Fields:
             if K is not None:
                 timesteps = random_timesteps(sampler.seed, indices, K, T).to(sampler.device)
             noise = sampler.noise(sampler.seed, indices)
-            terms = bits_per_dim(sampler.ddpm, x_start, timesteps, noise,
-                                 progress=lambda count=count: bar.update(count))
+            with autocast(sampler.device, sampler.precision):
+                terms = bits_per_dim(sampler.ddpm, x_start, timesteps, noise,
+                                     progress=lambda count=count: bar.update(count))
             batches.append({name: value.cpu().double() for name, value in terms.items()})
 
     terms = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -205,7 +205,7 @@ def fid(sampler: Sampler, data: Config, args: argparse.Namespace) -> Fields:
         origin = f"{args.images}, {made_by}"
     else:
         images = sample_images(sampler, args.num_samples or 50_000, args.compile)
-        origin = describe_sampler(sampler)
+        origin = f"{sampler.describe()}, seed {sampler.seed}, {sampler.precision}"
     if min(len(images), len(reference)) < 2:
         raise UserError(f"FID needs two images or more: here are {len(images)}, and "
                         f"{len(reference)} to compare with")
@@ -243,19 +243,12 @@ def load_made_before(folder: Path, data: Config) -> np.ndarray:
 
 
 def sample_images(sampler: Sampler, count: int, compile: str) -> np.ndarray:
-    """uint8 [count, C, H, W]."""
+    """The first so many images of the sampler, uint8 [count, C, H, W]."""
     calls = count / sampler.batch_size * sampler.steps
     maybe_compile(compile, sampler.device, calls, sampler.ddpm.model)
-    return np.concatenate([batch.numpy() for _, batch in sampler.batches(range(count))])
-
-
-def describe_sampler(sampler: Sampler) -> str:
-    T = sampler.config.timesteps
-    if is_algorithm_2(T, sampler.steps, sampler.eta):
-        name = f"Algorithm 2, {sampler.config.variance}"
-    else:
-        name = f"DDIM, eta {sampler.eta or 0.0:g}, {sampler.spacing} spacing"
-    return f"{name}, {sampler.steps} of {T} steps, seed {sampler.seed}, {sampler.precision}"
+    with autocast(sampler.device, sampler.precision):  # not of Inception, which is fp32
+        batches = [batch.numpy() for _, batch in sampler.batches(range(count))]
+    return np.concatenate(batches)
 
 
 def load_inception(weights: str | None) -> ModuleType:
@@ -326,11 +319,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     if args.metric == "bpd":
         parser.refuse_without_effect(args, "with --metric bpd", "num_samples", "images",
-                                     "inception_weights", "steps", "eta", "spacing")
+                                     "inception_weights", "steps", "eta", "order", "spacing")
     else:
         parser.refuse_without_effect(args, "with --metric fid", "num_images", "timesteps_per_image")
     if args.images:
-        parser.refuse_without_effect(args, "with --images", "steps", "eta", "spacing", "variance")
+        parser.refuse_without_effect(args, "with --images", "steps", "eta", "order", "spacing",
+                                     "variance")
+    refuse_without_fewer_steps(parser, args)
     return args
 
 
@@ -344,8 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     trained_on = sampler.config
     data = replace(trained_on, data=args.data or trained_on.data,
                    data_dir=args.data_dir or trained_on.data_dir)
-    with autocast(sampler.device, sampler.precision):
-        result = METRICS[args.metric](sampler, data, args)
+    result = METRICS[args.metric](sampler, data, args)
     fields = {
         "metric": args.metric,
         "checkpoint": str(sampler.path),

@@ -1,8 +1,8 @@
-"""Pictures from a checkpoint: Algorithm 2 of arXiv 2006.11239, or DDIM.
+"""Pictures from a checkpoint: Algorithm 2 of arXiv 2006.11239, or fewer steps.
 
     python inference.py --checkpoint FILE --num_samples 16
     python inference.py --run_dir runs/demo --mode all     its newest checkpoint
-    python inference.py --steps 50                         DDIM, 50 evaluations
+    python inference.py --steps 50                         instead of all T
     python inference.py --mode process                     from noise to image
     python inference.py --mode interpolate --seeds 0 1     between two samples
     python inference.py --mode interpolate --images a.png b.png --t 250
@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from data import to_float, to_picture, to_square, to_uint8
-from ddpm import DDPM, Noise, batch_of
+from ddpm import DDPM, ETA, ORDER, SPACING, Noise, batch_of, is_algorithm_2
 from utils.checkpoint import load_network, network_digest, newest_checkpoint
 from utils.cli import CommandLine, UserError, progress_bar, run
 from utils.device import (
@@ -61,7 +61,8 @@ class Sampler:
         self.shape = (config.channels, config.image_size, config.image_size)
         self.steps = args.steps or config.timesteps
         self.eta = args.eta
-        self.spacing = args.spacing or "quadratic"
+        self.spacing = args.spacing or SPACING
+        self.order = args.order or ORDER
         self.seed = args.seed
         self.batch_size = args.batch_size
         if self.steps > config.timesteps:
@@ -74,11 +75,17 @@ class Sampler:
             "network": network_digest(self.ddpm.model, self.config),
             "step": self.training_steps,
             "seed": self.seed,
-            "steps": self.steps,
-            "eta": self.eta,
-            "spacing": self.spacing,
-            "variance": self.config.variance,
+            "sampler": self.describe(),
         }
+
+    def describe(self) -> str:
+        T = self.config.timesteps
+        if is_algorithm_2(T, self.steps, self.eta):
+            name = f"Algorithm 2, {self.config.variance}"
+        else:
+            eta = ETA if self.eta is None else self.eta
+            name = f"order {self.order}, eta {eta:g}, {self.spacing} spacing"
+        return f"{name}, {self.steps} of {T} steps"
 
     def noise(self, seed: int, indices: Sequence[int]) -> ImageNoise:
         return ImageNoise(seed, indices, self.shape, self.device)
@@ -90,7 +97,8 @@ class Sampler:
         steps = self.steps
         if t_start is not None:
             steps = min(steps, t_start + 1)
-        return self.ddpm.sample_loop(x_t, steps, self.eta, self.spacing, noise, t_start)
+        return self.ddpm.sample_loop(
+            x_t, steps, self.eta, self.spacing, self.order, noise, t_start)
 
     def batches(
         self, indices: Sequence[int], rank: int = 0
@@ -199,7 +207,8 @@ def process(sampler: Sampler, args: argparse.Namespace) -> None:
     columns.append(torch.stack([x_t, x_t], dim=1))
     labels.append("image")
 
-    rows = torch.stack(columns, dim=2).flatten(0, 1)  # image by image, x_t above its pred_x_start
+    rows = torch.stack(columns, dim=2)  # [N, 2, columns, C, H, W]
+    rows = rows.flatten(0, 1)  # image by image, x_t above its pred_x_start
     write_png(table(rows, labels), args.output_dir / "process.png")
     frames = []
     for column, label in zip(columns, labels, strict=True):
@@ -347,21 +356,32 @@ def add_shared_flags(parser: CommandLine) -> None:
     add("--checkpoint", metavar="FILE", type=Path, help="default: the newest one of --run_dir")
     add("--run_dir", metavar="DIR", type=Path, default=Path("."),
         help="where checkpoints/ is (default: .)")
-    add_number("--batch_size", int, "images at a time (default: 64)", least=1, default=64)
+    add_number("--batch_size", int, "images at a time, per process (default: 64)", least=1,
+               default=64)
     add_number("--steps", int, "network evaluations per image (default: T, the whole chain)",
                least=1)
-    add_number("--eta", float, "noise of DDIM, from 0 (none) to 1 (as noisy as Algorithm 2); "
-               "default: 0 with fewer than T steps", least=0, most=1)
+    add_number("--eta", float, f"noise of fewer steps, from 0 to 1 (default: {ETA:g})", least=0,
+               most=1)
+    add("--order", type=int, choices=[1, 2],
+        help=f"of fewer steps: 1 is DDIM, 2 DPM-Solver++(2M) (default: {ORDER})")
     add("--spacing", choices=["quadratic", "uniform"],
-        help="of fewer steps (default: quadratic)")
+        help=f"of fewer steps (default: {SPACING})")
     add("--variance", choices=["fixed_large", "fixed_small"],
-        help="of Algorithm 2 (default: as in training)")
+        help="of Algorithm 2 and of bits/dim (default: as in the checkpoint)")
     add_number("--seed", int, "image i is drawn from (seed, i) (default: 0)", least=0, default=0)
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: auto")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
         help="default: auto")
     add("--compile", choices=["auto", "on", "off"], default="auto",
         help="torch.compile the network (default: auto)")
+
+
+def refuse_without_fewer_steps(parser: CommandLine, args: argparse.Namespace) -> None:
+    """Ends the script where flags of fewer steps are given for Algorithm 2, or the reverse."""
+    if args.steps is None and args.eta is None:
+        parser.refuse_without_effect(args, "without --steps or --eta", "order", "spacing")
+    elif args.eta is not None:
+        parser.refuse_without_effect(args, "with --eta", "variance")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -396,6 +416,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.refuse_without_effect(args, "with --images", "seeds")
     else:
         parser.refuse_without_effect(args, "without --images", "t")
+    refuse_without_fewer_steps(parser, args)
     return args
 
 

@@ -7,11 +7,9 @@
     torchrun --nproc_per_node=4 train.py --preset paper --resume
 """
 
-import copy
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,10 @@ from data import Batches, load_images, mirror_half, to_picture
 from ddpm import DDPM
 from model import UNet
 from utils.checkpoint import (
+    TrainingState,
     check_alike,
     checkpoints_of,
+    claimed,
     is_finite,
     latest_path,
     open_run,
@@ -39,73 +39,13 @@ from utils.device import (
     first_process_first,
     from_first_process,
     maybe_compile,
-    memory_format,
     select_device,
     select_precision,
     start_processes,
 )
-from utils.files import PatientWriter, locked, remove_left_overs, save_png
+from utils.files import PatientWriter, save_png
 from utils.metrics import Metrics, MetricsFile, not_finite
 from utils.randomness import ImageNoise, derive_seed
-
-
-class TrainingState:
-    """All that training changes: what latest.pth holds, besides the config and the metrics."""
-
-    def __init__(self, config: Config, device: torch.device, precision: str) -> None:
-        torch.manual_seed(derive_seed("weights", config.seed))
-        model = UNet(config).to(device, memory_format=memory_format(device, precision))
-        self.model = model
-        self.ema = copy.deepcopy(model).eval()
-        self.optimizer = torch.optim.Adam(model.parameters(), fused=True)
-        for p in model.parameters():  # as Adam's first step would: so the state is always whole
-            count = torch.zeros((), device=device)
-            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.optimizer.state[p] = {"step": count, **moments}
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.step = 0  # updates done
-        self.images_seen = 0  # the position in the data
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "images_seen": self.images_seen,
-            "ema": self.ema.state_dict(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-
-    def load_state_dict(self, content: dict[str, Any], path: Path) -> None:
-        """From the content of the latest.pth at path.
-
-        Raises UserError, before any of it is used, where it is not what this network trains.
-        """
-        content = dict(content)
-        check_alike(content["step"], 0, "step", path)
-        if content["step"] == 0:
-            return
-        # Earlier versions did not count the images: their batch size never changed.
-        before = content["step"] * content["config"]["batch_size"]
-        content.setdefault("images_seen", before)
-        expected = self.state_dict()
-        if not content["scaler"] or not self.scaler.is_enabled():
-            content["scaler"] = expected["scaler"]  # the precision has changed
-        for key, value in expected.items():
-            check_alike(content[key], value, key, path)
-            if not is_finite(content[key]):
-                raise UserError(f"{path} holds numbers in {key} that are not finite: start anew in "
-                                "another --run_dir")
-
-        self.model.load_state_dict(content["model"])
-        self.ema.load_state_dict(content["ema"])
-        # Adam's settings are those of the code, its moments those of the file.
-        moments = content["optimizer"]["state"]
-        settings = expected["optimizer"]["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": settings})
-        self.scaler.load_state_dict(content["scaler"])
-        self.step = content["step"]
-        self.images_seen = content["images_seen"]
 
 
 def train_step(
@@ -154,7 +94,7 @@ def train_step(
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, then constant; the very first step is already above 0."""
+    """Of the update after so many: linear warm-up, then constant; the first is already above 0."""
     return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
 
 
@@ -259,7 +199,7 @@ def train(
         if time.monotonic() - last_save >= 60 * config.save_minutes:
             save_latest()
             last_save = time.monotonic()
-    # Saved first, then said.
+    # The files first: printing may fail, where the reader of a pipe has gone.
     finished = state.step == total_steps
     if rank == 0:
         save_latest()
@@ -281,7 +221,7 @@ def train(
 
 
 def count_steps(config: Config, state: TrainingState, num_images: int) -> int:
-    """The number of the last step.  Where epochs decide, what is left of them is trained.
+    """The step at which the run ends: max_steps, or where what is left of the epochs is trained.
 
     Raises UserError where the run has already gone further.
     """
@@ -335,20 +275,6 @@ def save_grid(
     writer.write(grid_path(config, step), lambda path: save_png(picture, path))
 
 
-@contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
-    """The folders of a run, held for this process inside, without what a killed one left behind."""
-    checkpoints, samples = checkpoints_of(run_dir), run_dir / "samples"
-    for folder in (checkpoints, samples):
-        folder.mkdir(parents=True, exist_ok=True)
-    with locked(checkpoints):
-        names = r"latest\.pth|final_model\.pth|checkpoint_epoch_\d+\.pth"
-        remove_left_overs(checkpoints, names)
-        remove_left_overs(samples, r"sample_step_\d+\.png")
-        remove_left_overs(run_dir, r"metrics\.csv")
-        yield
-
-
 def describe(
     config: Config, state: TrainingState, shape: tuple[int, ...], total_steps: int,
     device: torch.device, precision: str, world_size: int,
@@ -370,7 +296,8 @@ def main(argv: list[str] | None = None) -> int:
     usage = "python train.py [--preset NAME] [--resume] [--SETTING VALUE ...]"
     parser = CommandLine(__doc__, usage)
     parser.add_argument("--resume", action="store_true",
-                        help="go on from latest.pth, or start where there is none")
+                        help="go on from latest.pth with its settings and the flags given (a "
+                             "preset counts for a new run only), or start where there is none")
     parser.add_argument("--tensorboard", action="store_true",
                         help="write the metrics to run_dir/tensorboard too")
     parser.add_settings()

@@ -266,13 +266,15 @@ def test_spacings_that_are_impossible():
         spaced_timesteps(10, 5, "cubic")
 
 
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize(("steps", "eta", "spacing"), [
-    (10, 0.0, "quadratic"), (50, 0.5, "uniform"), (7, 1.0, "quadratic")])
-def test_ddim_ends_exactly_at_a_constant_image(steps, eta, spacing, shape):
-    # Where eps is not re-derived after the clip, it does not.
+    (2, 1.0, "uniform"), (10, 0.0, "quadratic"), (50, 0.5, "uniform"),
+    (7, 1.0, "quadratic"), (1000, 1.0, "uniform")])
+def test_fewer_steps_end_exactly_at_a_constant_image(steps, eta, spacing, order, shape):
+    # Where eps is not re-derived after the clip, they do not.
     config, x_start = Config(), torch.rand(shape) * 3 - 1.5
     ddpm = DDPM(ConstantImage(config, x_start), config)
-    x = ddpm.sample(torch.randn(shape), steps, eta, spacing)
+    x = ddpm.sample(torch.randn(shape), steps, eta, spacing, order)
     close(x, x_start.clamp(-1, 1), 1e-5)
 
 
@@ -281,7 +283,7 @@ def test_a_ddim_step_is_eq_12_of_its_paper(eta, shape):
     """With Eq. 16's deviation, in float64, from a network whose x_0 is clipped here and there."""
     ddpm = DDPM(Constant(0.3), Config())
     x_t, noise, (t, s) = torch.randn(shape), torch.randn(shape), (600, 350)
-    loop = ddpm.ddim_sample_loop(x_t, [t, s], eta, lambda t: noise)
+    loop = ddpm.ddim_sample_loop(x_t, [t, s], eta, 1, lambda t: noise)
     step_t, x = next(loop)
     assert step_t == t
 
@@ -299,7 +301,7 @@ def test_ddim_with_eta_1_at_full_length_is_the_fixed_small_chain(shape):
     ddpm = DDPM(Gaussian(config, 0.2, 0.3), config)
     x_T, draws = torch.randn(shape), torch.randn(config.timesteps, *shape)
     chain = ddpm.p_sample_loop(x_T, noise=lambda t: draws[t])
-    ddim = ddpm.ddim_sample_loop(x_T, range(29, -1, -1), 1.0, lambda t: draws[t])
+    ddim = ddpm.ddim_sample_loop(x_T, range(29, -1, -1), 1.0, 1, lambda t: draws[t])
     for (t, x), (ddim_t, ddim_x) in zip(chain, ddim, strict=True):
         assert t == ddim_t
         close(x, ddim_x, 2e-5)
@@ -310,7 +312,7 @@ def test_ddim_recovers_gaussian_data(steps, tolerance):
     """Mean within 0.01 and deviation within 2, 4 and 15 % at 1000, 100 and 20 steps."""
     config = Config()
     ddpm = DDPM(Gaussian(config, 0.2, 0.15), config)
-    x = ddpm.sample(torch.randn(16, 1, 16, 16), steps, 0.0)
+    x = ddpm.sample(torch.randn(16, 1, 16, 16), steps, 0.0, "quadratic", order=1)
     assert x.mean().item() == pytest.approx(0.2, abs=0.01)
     assert x.std().item() == pytest.approx(0.15, rel=tolerance)
 
@@ -320,6 +322,90 @@ def test_ddim_calls_the_network_with_the_original_timesteps(shape):
     DDPM(model, Config()).sample(torch.randn(shape), 10)
     assert model.timesteps == [[t] * 4 for t in spaced_timesteps(1000, 10)]
     assert model.timesteps[0] == [999] * 4
+
+
+def published_dpm_solver(
+    ddpm: DDPM, x: Tensor, timesteps: list[int], stochastic: bool, draws: Tensor
+) -> Tensor:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) or its SDE variant, in float64.
+
+    In their words: alpha_t = sqrt(abar), sigma_t = sqrt(1 - abar), lambda = ln(alpha / sigma); the
+    last step, to sigma = 0, returns x_0.
+    """
+    abar = torch.tensor(ddpm.alphas_cumprod_float64, dtype=torch.float64)
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    lambdas = torch.log(alpha / sigma)
+    x, before = x.double(), None
+    for i, t in enumerate(timesteps):
+        x_0 = ddpm.predict_x_start(x.float(), torch.full((len(x),), t)).double()
+        if i == len(timesteps) - 1:
+            return x_0
+        s = timesteps[i + 1]
+        h = lambdas[s] - lambdas[t]
+        D = x_0
+        if before is not None:
+            r = (lambdas[t] - lambdas[timesteps[i - 1]]) / h
+            D = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * before
+        if stochastic:
+            decay = 1 - torch.exp(-2 * h)
+            x = sigma[s] / sigma[t] * torch.exp(-h) * x + alpha[s] * decay * D
+            x = x + sigma[s] * decay.sqrt() * draws[t]
+        else:
+            x = sigma[s] / sigma[t] * x - alpha[s] * (torch.exp(-h) - 1) * D
+        before = x_0
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(("steps", "spacing"), [(10, "uniform"), (20, "quadratic")])
+def test_order_2_is_dpm_solver_as_published(steps, spacing, schedule, eta, shape):
+    config = Config(beta_schedule=schedule)
+    ddpm = DDPM(Gaussian(config, 0.2, 0.5), config)
+    x_T, draws = torch.randn(shape), torch.randn(1000, *shape)
+    x = ddpm.sample(x_T, steps, eta, spacing, 2, lambda t: draws[t])
+    timesteps = spaced_timesteps(1000, steps, spacing)
+    expected = published_dpm_solver(ddpm, x_T, timesteps, eta == 1, draws)
+    close(x.double(), expected, 1e-4 if schedule == "cosine" else 2e-5)
+
+
+def test_the_error_of_order_2_falls_with_the_square_of_the_step():
+    """Of the ordinary differential equation, from t = 600 to 200, against 400 small steps."""
+    config = Config()
+    ddpm = DDPM(Gaussian(config, 0.1, 0.3), config)
+    x_t = 0.3 * torch.randn(1, 1, 16, 16)
+
+    def at_200(step: int, order: int) -> Tensor:
+        loop = ddpm.ddim_sample_loop(x_t, range(600, 199 - step, -step), 0.0, order)
+        return next(x for t, x in loop if t == 200 + step)
+
+    exact = at_200(1, 2)
+    errors = {}
+    for order in (1, 2):
+        for step in (80, 40, 20):
+            errors[order, step] = (at_200(step, order) - exact).abs().mean().item()
+    assert 1.6 < errors[1, 40] / errors[1, 20] < 2.6
+    assert 3 < errors[2, 40] / errors[2, 20] < 6
+    assert errors[2, 20] < errors[1, 20] / 3
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize(("steps", "tolerance"), [(50, 0.04), (20, 0.12), (10, 0.15)])
+def test_order_2_recovers_gaussian_data(steps, tolerance, eta):
+    """By quadratic spacing, which ends with small steps: the last one takes the mean of x_0."""
+    config = Config()
+    ddpm = DDPM(Gaussian(config, 0.2, 0.15), config)
+    x = ddpm.sample(torch.randn(16, 1, 16, 16), steps, eta, "quadratic", 2)
+    assert x.mean().item() == pytest.approx(0.2, abs=0.01)
+    assert x.std().item() == pytest.approx(0.15, rel=tolerance)
+
+
+def test_fewer_steps_are_eta_1_order_2_uniform_unless_told(shape):
+    config = tiny()
+    ddpm = DDPM(Gaussian(config, 0, 0.3), config)
+    x_T, z = torch.randn(shape), torch.randn(shape)
+    for _, expected in ddpm.ddim_sample_loop(x_T, [29, 19, 9], 1.0, 2, lambda t: z):
+        pass
+    assert torch.equal(ddpm.sample(x_T, 3, noise=lambda t: z), expected)
 
 
 # Either of the two
@@ -354,7 +440,7 @@ def test_from_the_middle_too(shape):
 def loop_of(name: str, ddpm: DDPM, x_T: Tensor, noise=None):
     if name == "p_sample_loop":
         return ddpm.p_sample_loop(x_T, noise=noise)
-    return ddpm.ddim_sample_loop(x_T, range(29, -1, -1), 1.0, noise)
+    return ddpm.ddim_sample_loop(x_T, range(29, -1, -1), 1.0, 2, noise)
 
 
 LOOPS = ["p_sample_loop", "ddim_sample_loop"]

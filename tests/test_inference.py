@@ -88,7 +88,7 @@ def test_variance_is_that_of_the_checkpoint_unless_given(checkpoint, tmp_path):
 def test_each_flag_of_the_sampler_changes_the_picture(checkpoint, tmp_path):
     pictures = set()
     for line in ((), ("--steps", 10), ("--steps", 10, "--eta", 1), ("--eta", 0),
-                 ("--steps", 10, "--spacing", "uniform")):
+                 ("--steps", 10, "--spacing", "quadratic"), ("--steps", 10, "--order", 1)):
         images = arrays(checkpoint, tmp_path, "--num_samples", 2, *line)
         pictures.add(images.tobytes())
     assert len(pictures) == 5
@@ -133,30 +133,6 @@ def test_save_images_never_mixes_two_kinds(line, words, checkpoint, tmp_path):
     base = ("--checkpoint", str(checkpoint), "--save_images", "out")
     refused(called("inference.py", *base, *line, cwd=tmp_path), 1, *words)
     assert pngs(tmp_path / "out") == before
-
-
-def test_save_images_tells_networks_of_the_same_step_apart(checkpoint, tmp_path):
-    line = ("--save_images", "out", "--num_samples", 2, "--steps", 2)
-    infer(checkpoint, tmp_path, *line)
-    content = load_checkpoint(checkpoint)
-    content["ema"]["conv_out.bias"] += 0.1
-    other = tmp_path / "other.pth"
-    save_checkpoint(content, other)
-    line = ("--checkpoint", str(other), *map(str, line))
-    refused(called("inference.py", *line, cwd=tmp_path), 1, "out", "another folder")
-
-
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("000001.png", b"somebody's", ["1 pictures that were not sampled here", "000001.png"]),
-    ("sampled_with.json", b"{", ["sampled_with.json is damaged"]),
-])
-def test_a_folder_of_something_else_is_let_alone(name, content, words, checkpoint, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_bytes(content)
-    line = ("--checkpoint", str(checkpoint), "--save_images", "out", "--num_samples", "2")
-    refused(called("inference.py", *line, cwd=tmp_path), 1, *words)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
-    assert (tmp_path / "out" / name).read_bytes() == content
 
 
 def test_two_processes_write_the_same_files_as_one(checkpoint, tmp_path):
@@ -328,6 +304,12 @@ def test_what_cannot_be_done(arguments, words, checkpoint, tmp_path):
     line = ("--checkpoint", str(checkpoint), *arguments)
     refused(called("inference.py", *line, cwd=tmp_path), 1, *words)
     assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("script", [["inference.py"], ["evaluate.py", "--metric", "fid"]])
+@pytest.mark.parametrize("flag", [["--order", "1"], ["--spacing", "uniform"]])
+def test_what_algorithm_2_has_no_use_for(flag, script, tmp_path):
+    refused(called(*script, *flag, cwd=tmp_path), 2, f"{flag[0]} has no effect", "--steps")
 
 
 def test_a_t_beyond_the_chain(two_pictures, checkpoint, tmp_path):

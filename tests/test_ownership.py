@@ -196,6 +196,6 @@ def test_a_damaged_record_is_one_line(record, checkpoint, tmp_path):
 def test_the_record_says_what_made_the_images(checkpoint, tmp_path):
     succeeded(save_images(checkpoint, tmp_path / "out"))
     record = json.loads((tmp_path / "out/sampled_with.json").read_text())
-    assert record["steps"] == 2
+    assert record["sampler"] == "order 2, eta 1, uniform spacing, 2 of 30 steps"
     assert record["seed"] == 0
     assert len(record["network"]) == 16

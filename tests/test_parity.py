@@ -226,7 +226,7 @@ def test_ddim(timesteps, steps, schedule, eta, shape):
     x_t = torch.randn(shape)
     noise = noise_like(x_t)
     ours = diffusion(config, model).sample(
-        x_t, steps=steps, eta=eta, spacing="uniform", noise=noise)
+        x_t, steps=steps, eta=eta, spacing="uniform", order=1, noise=noise)
 
     settings = convert.scheduler_settings(config)
     del settings["variance_type"]
@@ -241,6 +241,34 @@ def test_ddim(timesteps, steps, schedule, eta, shape):
             pred_noise, t, x_t, eta, use_clipped_model_output=True, variance_noise=noise(t),
         ).prev_sample
     close(ours, x_t, 5e-4 if schedule == "cosine" else 1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(("timesteps", "steps"), [(30, 10), (1000, 10), (1000, 50)])
+@torch.no_grad()
+def test_order_2(timesteps, steps, schedule, eta, shape):
+    """DPMSolverMultistepScheduler, whose thresholding with sample_max_value 1 is the clip."""
+    config = tiny(timesteps=timesteps, beta_schedule=schedule)
+    model = network_for(config)
+    x_t = torch.randn(shape)
+    noise = noise_like(x_t)
+    ours = diffusion(config, model).sample(x_t, steps, eta, "uniform", 2, noise)
+
+    settings = convert.scheduler_settings(config)
+    for name in ("variance_type", "clip_sample"):
+        del settings[name]
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        **settings, solver_order=2, algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++",
+        solver_type="midpoint", timestep_spacing="trailing", final_sigmas_type="zero",
+        thresholding=True, dynamic_thresholding_ratio=1.0, sample_max_value=1.0)
+    theirs.alphas_cumprod = exact_alphas_cumprod(config)
+    theirs.set_timesteps(steps)
+    assert theirs.timesteps.tolist() == spaced_timesteps(timesteps, steps, "uniform")
+    for t in theirs.timesteps.tolist():
+        pred_noise = model(x_t, torch.full((4,), t))
+        x_t = theirs.step(pred_noise, t, x_t, variance_noise=noise(t)).prev_sample
+    close(ours, x_t, 5e-4)
 
 
 # Both programs sample from what was converted

@@ -22,7 +22,7 @@ from PIL import Image
 
 from config import Config
 from model import UNet
-from utils.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -200,19 +200,6 @@ def test_inference_takes_the_newest_checkpoint_and_says_which(finished, tmp_path
     assert (tmp_path / "deep/er/samples.png").exists()
 
 
-def test_the_newest_is_that_of_most_steps_whatever_the_files_dates(finished, tmp_path):
-    folder = tmp_path / "copy/checkpoints"
-    folder.mkdir(parents=True)
-    for name in ("final_model.pth", "latest.pth", "checkpoint_epoch_4.pth"):
-        (folder / name).write_bytes((finished[0] / "checkpoints" / name).read_bytes())
-    early = finished[0] / "checkpoints/checkpoint_epoch_2.pth"
-    (folder / "checkpoint_epoch_2.pth").write_bytes(early.read_bytes())  # the last one written
-    assert newest_checkpoint(tmp_path / "copy").name == "final_model.pth"
-    (folder / "final_model.pth").unlink()
-    (folder / "latest.pth").unlink()
-    assert newest_checkpoint(tmp_path / "copy").name == "checkpoint_epoch_4.pth"
-
-
 @pytest.mark.parametrize("name", ["latest", "checkpoint_epoch_2", "final_model"])
 def test_inference_takes_any_checkpoint(name, finished, tmp_path):
     path = finished[0] / f"checkpoints/{name}.pth"
@@ -248,10 +235,9 @@ def test_no_gpu(tmp_path):
     refused(result, 1, "cuda", "--device cpu")
 
 
-def test_the_real_scripts_refuse_with_one_line_and_the_right_status(tmp_path):
-    refused(script("train.py", "--wings", "2", cwd=tmp_path), 2, "--wings")
+def test_the_real_script_refuses_with_one_line_and_its_status(tmp_path):
     result = script("inference.py", "--checkpoint", "none.pth", cwd=tmp_path)
-    refused(result, 1, "none.pth")
+    refused(result, 1, "inference.py: error:", "none.pth")
 
 
 def test_a_run_is_not_written_over(finished):
@@ -286,12 +272,6 @@ def with_an_unknown_setting(path: Path) -> None:
     torch.save({"config": {"wings": 2}, "step": 1, "ema": {}}, path)
 
 
-def with_weights_that_are_not_finite(path: Path) -> None:
-    content = load_checkpoint(path)
-    content["ema"]["conv_in.bias"][0] = float("nan")
-    save_checkpoint(content, path)
-
-
 def with_a_config_that_is_none(path: Path) -> None:
     torch.save({"config": 5, "step": 1, "ema": {}}, path)
 
@@ -306,7 +286,6 @@ def with_a_config_that_is_none(path: Path) -> None:
     (with_code, ["code"]),
     (with_another_network, ["another network"]),
     (with_an_unknown_setting, ["wings"]),
-    (with_weights_that_are_not_finite, ["not finite"]),
     (with_a_config_that_is_none, ["config"]),
 ])
 def test_a_bad_checkpoint(damage, words, finished, tmp_path):

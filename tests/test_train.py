@@ -14,7 +14,6 @@ from data import Batches, load_images, to_float
 from ddpm import DDPM, linear_beta_schedule
 from model import UNet
 from train import (
-    TrainingState,
     count_steps,
     ema_decay,
     grid_is_due,
@@ -22,6 +21,7 @@ from train import (
     learning_rate,
     train_step,
 )
+from utils.checkpoint import TrainingState
 from utils.cli import UserError
 from utils.randomness import derive_seed
 

@@ -38,7 +38,8 @@ from data import Batches
 from ddpm import DDPM
 from model import UNet
 from tools.convert import scheduler_settings, unet_settings
-from train import TrainingState, train_step
+from train import train_step
+from utils.checkpoint import TrainingState
 from utils.cli import CommandLine, UserError, run
 from utils.device import (
     autocast,

@@ -4,9 +4,12 @@ latest.pth holds config, step, images_seen, model, ema, optimizer, scaler and th
 row of metrics.csv; a kept checkpoint only config, step and ema: all that sampling needs.
 """
 
+import copy
 import hashlib
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,9 @@ from torch import Tensor
 from config import Config, level_sizes
 from model import UNet
 from utils.cli import UserError
-from utils.files import atomic_write
+from utils.device import memory_format
+from utils.files import atomic_write, locked, remove_left_overs
+from utils.randomness import derive_seed
 
 # What the weights and the diffusion are made of: a resumed run cannot change it.
 FIXED = (
@@ -89,7 +94,7 @@ def read_config(content: dict[str, Any], path: Path) -> Config:
     """The Config in a checkpoint's content; UserError where this version cannot use it."""
     try:
         values = dict(content["config"])
-        # Earlier versions took sizes that no level has, and built no attention for them.
+        # It may name sizes that no level has: no attention was built for them.
         if "attn_resolutions" in values:
             sizes = level_sizes(values["image_size"], values["dim_mults"])
             known = [size for size in values["attn_resolutions"] if size in sizes]
@@ -100,9 +105,10 @@ def read_config(content: dict[str, Any], path: Path) -> Config:
 
 
 def check_alike(value: Any, expected: Any, name: str, path: Path) -> None:
-    """Raises UserError at the first place where value, read from path, is not made like expected.
+    """Raises UserError where value, read from path, has another structure than expected.
 
-    Dicts have the same keys, tensors the same shape and type; nothing is used before that is known.
+    Dicts must have the same keys, tensors the same shape and dtype, all else the same type; a whole
+    number may not be negative.
     """
     if isinstance(expected, dict) and isinstance(value, dict):
         if value.keys() != expected.keys():
@@ -160,6 +166,65 @@ def newest_checkpoint(run_dir: Path) -> Path:
 
 # Resuming
 
+class TrainingState:
+    """All that training changes: what latest.pth holds, besides the config and the metrics."""
+
+    def __init__(self, config: Config, device: torch.device, precision: str) -> None:
+        torch.manual_seed(derive_seed("weights", config.seed))
+        model = UNet(config).to(device, memory_format=memory_format(device, precision))
+        self.model = model
+        self.ema = copy.deepcopy(model).eval()
+        self.optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        for p in model.parameters():  # as Adam's first step would: so the state is always whole
+            count = torch.zeros((), device=device)
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": count, **moments}
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.step = 0  # updates done
+        self.images_seen = 0  # the position in the data
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "ema": self.ema.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, content: dict[str, Any], path: Path) -> None:
+        """From the content of the latest.pth at path.
+
+        Raises UserError, before any of it is used, where it is not what this network trains.
+        """
+        content = dict(content)
+        check_alike(content["step"], 0, "step", path)
+        if content["step"] == 0:
+            return  # nothing is trained yet, and the first weights follow from the seed
+        # Where the images were not counted, the batch size has never changed.
+        images_seen = content["step"] * content["config"]["batch_size"]
+        content.setdefault("images_seen", images_seen)
+        expected = self.state_dict()
+        if not content["scaler"] or not self.scaler.is_enabled():
+            content["scaler"] = expected["scaler"]  # the precision has changed
+        for key, value in expected.items():
+            check_alike(content[key], value, key, path)
+            if not is_finite(content[key]):
+                raise UserError(f"{path} holds numbers in {key} that are not finite: start anew in "
+                                "another --run_dir")
+
+        self.model.load_state_dict(content["model"])
+        self.ema.load_state_dict(content["ema"])
+        # Adam's settings are those of the code, its moments those of the file.
+        moments = content["optimizer"]["state"]
+        settings = expected["optimizer"]["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": settings})
+        self.scaler.load_state_dict(content["scaler"])
+        self.step = content["step"]
+        self.images_seen = content["images_seen"]
+
+
 def open_run(run_dir: str, resume: bool) -> dict[str, Any]:
     """The content of latest.pth to go on from, {} to start anew.
 
@@ -184,10 +249,26 @@ def open_run(run_dir: str, resume: bool) -> dict[str, Any]:
     return {}
 
 
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """The folders of a run, held for this process inside, without what a killed one left behind."""
+    checkpoints, samples = checkpoints_of(run_dir), run_dir / "samples"
+    for folder in (checkpoints, samples):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(checkpoints):
+        names = r"latest\.pth|final_model\.pth|checkpoint_epoch_\d+\.pth"
+        remove_left_overs(checkpoints, names)
+        remove_left_overs(samples, r"sample_step_\d+\.png")
+        remove_left_overs(run_dir, r"metrics\.csv")
+        yield
+
+
 def resumed_config(
     given: dict[str, Any], run_dir: str, content: dict[str, Any], say: bool
 ) -> Config:
-    """The settings of latest.pth, changed by those that the command line gives; say: print them.
+    """The settings of latest.pth, changed by the flags given; say: print the changes.
+
+    A preset counts for a new run only.
 
     Raises UserError where that cannot be.
     """

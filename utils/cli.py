@@ -151,11 +151,13 @@ class StopSignal:
 
         Asked once per step by all of them, so that all of them stop after the same step.
         """
-        if dist.is_initialized():
-            shared = torch.tensor(self.number)
-            dist.all_reduce(shared, dist.ReduceOp.MAX)
+        if not dist.is_initialized():
+            return self.number > 0
+        shared = torch.tensor(self.number)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        if int(shared) > 0:  # a signal that came meanwhile counts at the next step, for all
             self.number = int(shared)
-        return self.number > 0
+        return int(shared) > 0
 
 
 class HarmlessStream:

@@ -1,8 +1,8 @@
 """Where it runs: the device, its precision, compiling, the processes of torchrun.
 
-In 16 bits only the convolutions and matrix products of the network are calculated.  The schedule,
-the time embedding, the norms, the network's output, the loss, the weights, their average and the
-optimizer stay in fp32 whatever the precision.
+In 16 bits the network calculates its convolutions and matrix products, and on a CPU what lies
+between them.  The time embedding, the network's output, the schedule, the loss, the weights, their
+average and the optimizer stay in fp32 whatever the precision.
 """
 
 import ctypes

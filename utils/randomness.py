@@ -7,6 +7,8 @@ seed that can be computed again:
     training step k         derive_seed("step", seed, k, rank)
     the order of an epoch   derive_seed("epoch", seed, epoch)
     the noise of image i    derive_seed("image", seed) + i
+    the t of bits/dim       derive_seed("timesteps", seed, i), for image i
+    the built-in shapes     derive_seed("shapes", 0 or 1), whatever the seed
 
 At the start of step k torch is seeded for that step; flips, t, noise and
 dropout follow from it.  So a run that is stopped and resumed draws what it would
@@ -38,7 +40,7 @@ class ImageNoise:
 
     noise = ImageNoise(seed, range(8), (3, 32, 32), device)
     x_T = noise.next()                # [8, 3, 32, 32]
-    ddpm.sample(x_T, noise=noise)     # asks noise(t) once per step, in order
+    ddpm.sample(x_T, noise=noise)     # asks noise(t) in each step that adds noise, in order
 
     An image's draws do not depend on the batch around it.  Equal indices share
     all their noise.
@@ -68,5 +70,5 @@ class ImageNoise:
         return self.buffer.pop()
 
     def __call__(self, t: int) -> Tensor:
-        """The noise of the step at t: simply the next draw."""
+        """The noise of the step at t: simply the next draw, t is not used."""
         return self.next()
