@@ -472,6 +472,21 @@ def test_fid_of_images_of_another_size_is_refused(checkpoint, inception, tmp_pat
     refused(evaluate(checkpoint, tmp_path, *line), 1, "9 x 9", "8 x 8")
 
 
+def test_fid_is_not_calculated_in_the_samplers_precision(checkpoint, tmp_path, monkeypatch):
+    seen = []
+
+    class Fidelity:
+        @staticmethod
+        def calculate_metrics(**_) -> dict[str, float]:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return {"frechet_inception_distance": 1.0}
+
+    monkeypatch.setattr("evaluate.load_inception", lambda weights: Fidelity)
+    line = ("--metric", "fid", "--num_samples", 2, "--steps", 2, "--precision", "bf16")
+    fields(checkpoint, tmp_path, *line)
+    assert seen == [False]
+
+
 def test_fid_without_torch_fidelity(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     result = evaluate(checkpoint, tmp_path, "--metric", "fid")
