@@ -194,7 +194,7 @@ def read_cache(cache: Path, num_paths: int, size: int, channels: int) -> np.ndar
     content = np.memmap(cache, np.uint8, "r")
     pixels, readable = content[:-num_paths], content[-num_paths:]
     images = pixels.reshape(-1, channels, size, size)
-    if len(images) != readable.sum():
+    if len(images) == 0 or len(images) != readable.sum():
         raise ValueError(f"{cache} is not whole")
     return images
 

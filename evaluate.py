@@ -337,8 +337,14 @@ def main(argv: list[str] | None = None) -> int:
         make_writable(args.json)
     sampler = Sampler(args)
     trained_on = sampler.config
-    data = replace(trained_on, data=args.data or trained_on.data,
-                   data_dir=args.data_dir or trained_on.data_dir)
+    data = trained_on
+    try:
+        if args.data is not None:
+            data = replace(data, data=args.data)
+        if args.data_dir is not None:
+            data = replace(data, data_dir=args.data_dir)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     result = METRICS[args.metric](sampler, data, args)
     fields = {
         "metric": args.metric,

@@ -142,12 +142,17 @@ def save_images(sampler: Sampler, args: argparse.Namespace, rank: int, world_siz
     count = args.num_samples or NUM_SAMPLES["sample"]
     first_process_first(lambda: claim_folder(sampler, folder, count))
     paths = {index: folder / f"{index:06}.png" for index in range(rank, count, world_size)}
-    missing = [index for index, path in paths.items() if not path.exists()]
+    missing = [index for index, path in paths.items() if not is_whole(path)]
     for indices, images in sampler.batches(missing, rank):
         for index, image in zip(indices, images.permute(0, 2, 3, 1).numpy(), strict=True):
             save_png(Image.fromarray(image.squeeze()), paths[index])
     if rank == 0:
         print(f"{count} images: {folder}")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether it is a PNG to its end: what is not is drawn again."""
+    return path.is_file() and path.read_bytes().endswith(b"IEND\xaeB`\x82")
 
 
 def claim_folder(sampler: Sampler, folder: Path, count: int) -> None:
@@ -183,7 +188,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     try:
         written = json.loads(record.read_text())
-    except ValueError as error:  # not JSON, or not text
+    except (ValueError, RecursionError) as error:  # not JSON, not text, or nested without end
         raise UserError(f"{record} is damaged: choose another folder") from error
     return written
 

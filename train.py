@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"batch_size={config.batch_size} does not divide among {world_size} processes with "
             f"grad_accum={config.grad_accum}: use a multiple of {parts}")
-    with claimed(Path(config.run_dir)) if rank == 0 else nullcontext():
+    with claimed(Path(config.run_dir), saved) if rank == 0 else nullcontext():
         return train(config, saved, args.tensorboard, rank, world_size)
 
 

@@ -186,7 +186,16 @@ def test_a_picture_of_another_name_beside_ours_is_let_alone(checkpoint, tmp_path
     succeeded(save_images(checkpoint, tmp_path / "out"))
 
 
-@pytest.mark.parametrize("record", ["", "{", "[1]", "\xff"])
+def test_half_a_picture_is_drawn_again(checkpoint, tmp_path):
+    succeeded(save_images(checkpoint, tmp_path / "out"))
+    before = contents(tmp_path / "out")
+    for name, size in (("000000.png", 0), ("000001.png", 40)):
+        (tmp_path / "out" / name).write_bytes(before[name][:size])
+    succeeded(save_images(checkpoint, tmp_path / "out"))
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("record", ["", "{", "[1]", "\xff", "[" * 100_000])
 def test_a_damaged_record_is_one_line(record, checkpoint, tmp_path):
     succeeded(save_images(checkpoint, tmp_path / "out"))
     (tmp_path / "out/sampled_with.json").write_bytes(record.encode("latin-1"))

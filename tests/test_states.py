@@ -2,6 +2,7 @@
 
 import copy
 import subprocess
+import zipfile
 from pathlib import Path
 
 import helpers
@@ -10,6 +11,7 @@ import torch
 from helpers import called, command, latest, metrics_rows, refused, script, succeeded
 
 from config import Config
+from utils.checkpoint import TrainingState
 
 SHORT = {"max_steps": 4, "log_every": 2, "sample_every": 0, "save_every": 0}
 
@@ -111,6 +113,58 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(tamper, state, tmp_pat
     assert path.read_bytes() == before
 
 
+def as_a_sparse_tensor(content: dict) -> None:
+    content["sums"] = content["sums"].to_sparse()
+
+
+def without_the_length_of_the_chain(content: dict) -> None:
+    del content["config"]["timesteps"]
+
+
+@pytest.mark.parametrize("tamper", [as_a_sparse_tensor, without_the_length_of_the_chain])
+def test_what_would_be_another_state_in_silence_is_refused(tamper, state, tmp_path):
+    test_a_state_that_does_not_fit_is_refused_in_one_line(tamper, state, tmp_path)
+
+
+def test_moments_lie_in_memory_as_the_weights_do_in_another_precision(pictures, tmp_path):
+    """The fused Adam relies on it, and bf16 on a CPU has another memory format than fp32."""
+    run = tmp_path / "run"
+    succeeded(train(run, dim=16, **pictures))
+    content = latest(run)
+    config = Config(**{**content["config"], "precision": "bf16"})
+    state = TrainingState(config, torch.device("cpu"), "bf16")
+    state.load_state_dict(content, run)
+    for index, p in enumerate(state.model.parameters()):
+        saved = content["optimizer"]["state"][index]["exp_avg"]
+        moment = state.optimizer.state[p]["exp_avg"]
+        assert moment.stride() == p.stride()
+        assert torch.equal(moment, saved)
+
+
+@pytest.mark.parametrize("script", ["train.py", "inference.py"])
+def test_a_flipped_bit_is_found(script, state, tmp_path):
+    path = tmp_path / "run/checkpoints/latest.pth"
+    path.parent.mkdir(parents=True)
+    torch.save(state, path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    content[largest.header_offset + largest.file_size // 2] ^= 64  # in the middle of a tensor
+    path.write_bytes(content)
+    line = {"train.py": ["--resume", "--run_dir", "run"], "inference.py": ["--run_dir", "run"]}
+    refused(called(script, *line[script], cwd=tmp_path), 1, "latest.pth", "damaged")
+
+
+def test_a_run_that_went_on_while_it_was_read_is_not_set_back(pictures, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    succeeded(train(run, **{**pictures, "max_steps": 2}))
+    stale = latest(run)
+    succeeded(train(run, "--resume", **pictures))
+    monkeypatch.setattr("train.open_run", lambda run_dir, resume: stale)
+    refused(train(run, "--resume", **{**pictures, "max_steps": 6}), 1, "another process")
+    assert latest(run)["step"] == 4
+
+
 # Numbers that are not finite
 
 def test_weights_that_are_not_finite_are_never_saved(pictures, tmp_path):
@@ -160,14 +214,16 @@ def test_a_kept_checkpoint_that_failed_does_not_spoil_the_status(pictures, tmp_p
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--npz", "."], "Is a directory"),
-    (["--npz", "/dev/null"], "Not a file"), (["--npz", "file/x.npz"], "file"),
+    (["--npz", "/dev/null"], "Not a file"), (["--npz", "kept.pth"], "Is a checkpoint"),
+    (["--npz", "file/x.npz"], "file"),
     (["--output_dir", "file"], "file"), (["--save_images", "file/x"], "file"),
     (["--output_dir", "/proc/nowhere"], "/proc/nowhere")])
 def test_what_cannot_be_written_is_said_before_the_work(arguments, said, checkpoint, tmp_path):
-    (tmp_path / "file").write_text("")
+    for name in ("file", "kept.pth"):
+        (tmp_path / name).write_text("")
     line = ["--checkpoint", str(checkpoint), "--num_samples", "1", *arguments]
     refused(called("inference.py", *line, cwd=tmp_path), 1, said)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "kept.pth"]
 
 
 @pytest.mark.parametrize("path", ["", ".", "file/x.json"])

@@ -62,6 +62,8 @@ def load_checkpoint(
     if not zipfile.is_zipfile(path):  # which torch.save makes
         raise UserError(f"{path} is truncated, or not a checkpoint of this project")
     try:
+        if not mmap:
+            check_sums(path)
         content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it holds a pickle that could run code") from error
@@ -72,6 +74,14 @@ def load_checkpoint(
         raise UserError(f"{path} is not a checkpoint of this project "
                         "(it lacks config, step or ema)")
     return content
+
+
+def check_sums(path: Path) -> None:
+    """Raises BadZipFile where a byte has changed since it was written, which torch.load passes."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"bad checksum of {damaged}")
 
 
 def load_network(path: Path, device: torch.device) -> tuple[UNet, Config, int]:
@@ -94,6 +104,9 @@ def read_config(content: dict[str, Any], path: Path) -> Config:
     """The Config in a checkpoint's content; UserError where this version cannot use it."""
     try:
         values = dict(content["config"])
+        missing = [name for name in FIXED if name not in values]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
         # It may name sizes that no level has: no attention was built for them.
         if "attn_resolutions" in values:
             sizes = level_sizes(values["image_size"], values["dim_mults"])
@@ -118,6 +131,9 @@ def check_alike(value: Any, expected: Any, name: str, path: Path) -> None:
         for key in expected:
             check_alike(value[key], expected[key], f"{name}.{key}", path)
     elif isinstance(expected, Tensor) and isinstance(value, Tensor):
+        is_plain = value.layout == torch.strided and not value.is_meta and not value.is_nested
+        if not is_plain:
+            raise UserError(f"{path} holds {NOT_OF_CONFIG}: {name} is a tensor of another kind")
         if value.shape != expected.shape or value.dtype != expected.dtype:
             problem = f"{tuple(value.shape)} {value.dtype} instead of {tuple(expected.shape)} "
             raise UserError(f"{path} holds {NOT_OF_CONFIG}: {name}: {problem}{expected.dtype}")
@@ -216,10 +232,11 @@ class TrainingState:
 
         self.model.load_state_dict(content["model"])
         self.ema.load_state_dict(content["ema"])
-        # Adam's settings are those of the code, its moments those of the file.
-        moments = content["optimizer"]["state"]
-        settings = expected["optimizer"]["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": settings})
+        # Copied into Adam's own tensors, which lie in memory as the weights do: the fused Adam
+        # relies on that, and another precision has another layout.
+        for i, moments in expected["optimizer"]["state"].items():
+            for name, moment in moments.items():
+                moment.copy_(content["optimizer"]["state"][i][name])
         self.scaler.load_state_dict(content["scaler"])
         self.step = content["step"]
         self.images_seen = content["images_seen"]
@@ -250,12 +267,18 @@ def open_run(run_dir: str, resume: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
-    """The folders of a run, held for this process inside, without what a killed one left behind."""
+def claimed(run_dir: Path, saved: dict[str, Any]) -> Iterator[None]:
+    """The folders of a run, held for this process inside, without what a killed one left behind.
+
+    saved: what open_run read.  UserError where another process holds them or has changed that.
+    """
     checkpoints, samples = checkpoints_of(run_dir), run_dir / "samples"
     for folder in (checkpoints, samples):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(checkpoints):
+        latest = latest_path(run_dir)
+        if latest.exists() and load_checkpoint(latest, mmap=True)["step"] != saved.get("step"):
+            raise UserError(f"another process has gone on with {latest} meanwhile: start again")
         names = r"latest\.pth|final_model\.pth|checkpoint_epoch_\d+\.pth"
         remove_left_overs(checkpoints, names)
         remove_left_overs(samples, r"sample_step_\d+\.png")

@@ -128,6 +128,12 @@ def interrupt(number: int, frame: Any) -> NoReturn:
     raise Interrupted(number)
 
 
+def handle(number: int, handler: Callable[[int, Any], Any]) -> None:
+    """Unless whoever started this process had it ignore the signal, as nohup does."""
+    if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, handler)
+
+
 class StopSignal:
     """From now on SIGINT, SIGTERM and SIGHUP ask for an end after this step; number says which did.
 
@@ -138,7 +144,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.number = 0
         for number in (signal.SIGINT, *END_SIGNALS):
-            signal.signal(number, self)
+            handle(number, self)
 
     def __call__(self, number: int, frame: Any) -> None:
         is_second = self.number > 0 and number in (signal.SIGINT, signal.SIGTERM)
@@ -195,7 +201,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     """Call main and exit with its status; what the user can mend becomes one line and status 1."""
     sys.stdout, sys.stderr = HarmlessStream(sys.stdout), HarmlessStream(sys.stderr)
     for number in END_SIGNALS:
-        signal.signal(number, interrupt)
+        handle(number, interrupt)
     status, problem = 1, ""
     try:
         status = main()
@@ -221,7 +227,8 @@ def run(main: Callable[[], int]) -> NoReturn:
             # Rank 0 has most likely said the same, and torchrun is about to end this process.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
-        print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr, flush=True)
+        line = problem.replace("\n", "\\n")  # of a file's name
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     print(end="", flush=True)
     sys.exit(status)
 

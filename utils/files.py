@@ -56,6 +56,8 @@ def make_writable(path: Path) -> None:
     """Make the folder of a file that will be written, and try it; else OSError, before the work."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
+    if path.suffix == ".pth" and path.exists():
+        raise FileExistsError(errno.EEXIST, "Is a checkpoint", str(path))
     if path.exists() and not path.is_file():  # /dev/null would be replaced
         raise OSError(errno.EINVAL, "Not a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils.cli import UserError
+from utils.cli import UserError, warn
 from utils.files import PatientWriter, atomic_write
 
 
@@ -94,9 +94,13 @@ class MetricsFile:
         values = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()]
         self.lines.append(",".join(values))
         self.writer.write(self.path, self.save)
-        if self.tensorboard:
-            for name in row.keys() - {"step"}:
-                self.tensorboard.add_scalar(name, row[name], row["step"])
+        try:
+            if self.tensorboard:
+                for name in row.keys() - {"step"}:
+                    self.tensorboard.add_scalar(name, row[name], row["step"])
+        except OSError as error:
+            warn(f"TensorBoard gets no more figures ({error})")
+            self.tensorboard = None
 
     def save(self, path: Path) -> None:
         with atomic_write(path) as file:
