@@ -1,4 +1,5 @@
 import os
+import signal
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,11 @@ from utils.checkpoint import save_checkpoint
 # One thread, here and in the processes started from here: another number rounds differently.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What starts the tests in the background, or by nohup, has them ignore signals, and with them all
+# that is started from here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Drawing the 10,000 shapes takes seconds: once per kind of them.
 data.draw_shapes = cache(data.draw_shapes)
