@@ -104,15 +104,16 @@ def read_config(content: dict[str, Any], path: Path) -> Config:
     """The Config in a checkpoint's content; UserError where this version cannot use it."""
     try:
         values = dict(content["config"])
-        missing = [name for name in FIXED if name not in values]
-        if missing:
-            raise ValueError(f"it lacks {', '.join(missing)}")
         # It may name sizes that no level has: no attention was built for them.
         if "attn_resolutions" in values:
             sizes = level_sizes(values["image_size"], values["dim_mults"])
             known = [size for size in values["attn_resolutions"] if size in sizes]
             values["attn_resolutions"] = known
-        return Config(**values)
+        config = Config(**values)
+        missing = [name for name in FIXED if name not in values]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return config
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{path} has a config that this version cannot use: {error}") from error
 
