@@ -29,9 +29,14 @@ class UserError(Exception):
     """Something that the user can mend; the scripts show its one line and exit with status 1."""
 
 
+def is_first_process() -> bool:
+    """Of torchrun's processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def warn(text: str) -> None:
     """A line on stderr, above the progress bar; of torchrun's processes, from the first one."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
@@ -47,7 +52,7 @@ class CommandLine(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first_process():
             sys.exit(2)  # every process of torchrun has the same command line: rank 0 says it
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
 
@@ -223,7 +228,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         if dist.is_initialized():
             dist.destroy_process_group()
     if problem:
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first_process():
             # Rank 0 has most likely said the same, and torchrun is about to end this process.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)

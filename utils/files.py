@@ -111,13 +111,11 @@ class PatientWriter:
     def __init__(self) -> None:
         self.unwritten: set[Path] = set()
 
-    def write(self, path: Path, save: Callable[[Path], None]) -> bool:
-        """True where it was written."""
+    def write(self, path: Path, save: Callable[[Path], None]) -> None:
         try:
             save(path)
         except OSError as error:
             self.unwritten.add(path)
             warn(f"{path} could not be written ({error}); what was there before is still there")
-            return False
-        self.unwritten.discard(path)
-        return True
+        else:
+            self.unwritten.discard(path)
