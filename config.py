@@ -5,15 +5,14 @@
     Config(**dataclasses.asdict(config))   what a checkpoint does
 """
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 
 def setting(
-    default: Any, help: str, least: float = 0, choices: tuple[Any, ...] = ()
+    default: Any, help: str, least: float = 0, most: float = 1e9, choices: tuple[Any, ...] = ()
 ) -> Any:
-    metadata = {"help": help, "least": least, "choices": choices}
+    metadata = {"help": help, "least": least, "most": most, "choices": choices}
     return field(default=default, metadata=metadata)
 
 
@@ -26,28 +25,31 @@ class Config:
 
     data: str = setting("cifar10", "cifar10, mnist, fashion_mnist, shapes, or a folder of images")
     data_dir: str = setting("./data", "where downloads and decoded caches are kept")
-    image_size: int = setting(32, "images are resized and centre-cropped to this square", 1)
+    image_size: int = setting(32, "images are resized and centre-cropped to this square", 1, 4096)
     channels: int = setting(3, "3: colour, 1: greyscale", choices=(1, 3))
     horizontal_flip: bool = setting(True, "mirror half of the training images (never with mnist)")
 
-    dim: int = setting(64, "base width: level i of the U-Net is dim * dim_mults[i] wide", 4)
-    dim_mults: tuple[int, ...] = setting((1, 2, 4, 8), "width factors, one per level", 1)
-    num_res_blocks: int = setting(2, "residual blocks per level on the way down (up: one more)", 1)
+    dim: int = setting(64, "base width: level i of the U-Net is dim * dim_mults[i] wide", 4, 4096)
+    dim_mults: tuple[int, ...] = setting((1, 2, 4, 8), "width factors, one per level", 1, 1024)
+    num_res_blocks: int = setting(
+        2, "residual blocks per level on the way down (up: one more)", 1, 1000)
     attn_resolutions: tuple[int, ...] = setting(
-        (16,), "self-attention at these feature-map sizes, and always in the middle", 1)
+        (16,), "self-attention at these feature-map sizes, and always in the middle", 1, 4096)
     dropout: float = setting(0.1, "inside the residual blocks, in training only")
 
-    timesteps: int = setting(1000, "T, the length of the diffusion", 2)
+    timesteps: int = setting(1000, "T, the length of the diffusion", 2, 1e6)
     # A new schedule: its name here, its formula in ddpm.beta_schedule.
     beta_schedule: str = setting("linear", "the noise schedule", choices=("linear", "cosine"))
-    beta_start: float = setting(0.0001, "linear: first beta at T = 1000 (scaled by 1000/T)", 1e-8)
-    beta_end: float = setting(0.02, "linear: last beta at T = 1000 (scaled by 1000/T)", 1e-8)
+    beta_start: float = setting(
+        0.0001, "linear: first beta at T = 1000 (scaled by 1000/T)", 1e-8, 1000)
+    beta_end: float = setting(
+        0.02, "linear: last beta at T = 1000 (scaled by 1000/T)", 1e-8, 1000)
     variance: str = setting(
         "fixed_large", "of a sampling step: beta_t (large) or the posterior's (small)",
         choices=("fixed_large", "fixed_small"))
 
-    batch_size: int = setting(32, "images per optimiser step, all GPUs together", 1)
-    learning_rate: float = setting(2e-4, "of Adam")
+    batch_size: int = setting(32, "images per optimiser step, all GPUs together", 1, 1e6)
+    learning_rate: float = setting(2e-4, "of Adam", most=1e300)
     epochs: int = setting(100, "passes over the data", 1)
     max_steps: int = setting(0, "stop after this many steps instead (0: epochs decide)")
     warmup_steps: int = setting(5000, "linear warm-up of the learning rate")
@@ -55,7 +57,7 @@ class Config:
     grad_accum: int = setting(1, "micro-batches per step: less memory", 1)
     ema_decay: float = setting(
         0.9999, "of the averaged weights; ramped, so reached after 9 / (1 - ema_decay) steps")
-    seed: int = setting(0, "every random draw of the run follows from it")
+    seed: int = setting(0, "every random draw of the run follows from it", 0, 2**32 - 1)
 
     device: str = setting("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = setting(
@@ -67,7 +69,7 @@ class Config:
     log_every: int = setting(100, "steps between rows of metrics.csv", 1)
     sample_every: int = setting(1000, "steps between sample grids (0: none)")
     sample_steps: int = setting(50, "network evaluations per image in those grids", 1)
-    num_samples: int = setting(16, "images in a grid", 1)
+    num_samples: int = setting(16, "images in a grid", 1, 1e6)
     save_every: int = setting(10, "epochs between kept checkpoints (0: only the final one)")
     save_minutes: float = setting(5.0, "minutes between saves of latest.pth (0: every step)")
 
@@ -82,8 +84,6 @@ class Config:
         self.require("data", self.data != "", "name a data set or a folder, for example cifar10")
         self.require("dim_mults", len(self.dim_mults) > 0, "give at least one factor: 1 2 4 8")
         self.require("dim", self.dim % 2 == 0, "it must be even, for example 64")
-        self.require("dim", self.dim <= 4096, "it must be 4096 at most")
-        self.require("image_size", self.image_size <= 4096, "it must be 4096 at most")
         self.check_levels()
         self.require("dropout", self.dropout < 1, "it must be below 1, for example 0.1")
         if self.beta_schedule == "linear":
@@ -92,16 +92,16 @@ class Config:
         self.require("ema_decay", self.ema_decay < 1, "it must be below 1, for example 0.9999")
         divides = self.batch_size % self.grad_accum == 0
         self.require("grad_accum", divides, f"it must divide batch_size={self.batch_size}")
-        self.require("seed", self.seed < 2**32, "it must be below 2**32, for example 0")
 
     def require(self, name: str, holds: bool, remedy: str) -> None:
         if not holds:
             raise ValueError(f"{name}={getattr(self, name)!r} is impossible: {remedy}")
 
     def check_field(
-        self, name: str, default: Any, least: float, choices: tuple[Any, ...], help: str
+        self, name: str, default: Any, least: float, most: float, choices: tuple[Any, ...],
+        help: str,
     ) -> None:
-        """What can be said of one field alone: its choices, its type, its lower bound."""
+        """What can be said of one field alone: its choices, its type, its bounds."""
         value = getattr(self, name)
         if choices:
             self.require(name, value in choices, f"choose from {', '.join(map(str, choices))}")
@@ -115,8 +115,9 @@ class Config:
             kinds, word = (int, float), "number"
         for number in value if isinstance(value, tuple) else (value,):
             is_number = isinstance(number, kinds) and not isinstance(number, bool)
-            in_bounds = is_number and least <= number < math.inf
-            self.require(name, in_bounds, f"it must be a {word} of at least {least}")
+            in_bounds = is_number and least <= number <= most
+            self.require(name, in_bounds,
+                         f"it must be a {word} of at least {least} and at most {most:,.10g}")
 
     def check_levels(self) -> None:
         """Each level of the U-Net halves the image, and attention is at the size of a level."""

@@ -18,23 +18,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.utils import make_grid
 
 from config import Config
-from utils.cli import UserError, progress_bar, warn
+from utils.cli import UserError, one_line, progress_bar, warn
 from utils.files import atomic_write, remove_left_overs
 from utils.randomness import derive_seed
 
 DOWNLOADS = {  # name: (torchvision's class, where the archive goes by hand)
-    "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
-    "mnist": (datasets.MNIST, "MNIST/raw/*-ubyte.gz"),
-    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw/*-ubyte.gz"),
+    "cifar10": ("CIFAR10", "cifar-10-python.tar.gz"),
+    "mnist": ("MNIST", "MNIST/raw/*-ubyte.gz"),
+    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw/*-ubyte.gz"),
 }
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -50,9 +47,18 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def to_picture(images: Tensor, columns: int = 0) -> Image.Image:
     """images [N, C, H, W] in [-1, 1] side by side, in so many columns (0: about a square)."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    grid = make_grid(to_uint8(images.cpu()), nrow=columns, padding=2)
-    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+    count, _, height, width = images.shape
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    rows = math.ceil(count / columns)
+    edge = 2
+    size = (edge + columns * (width + edge), edge + rows * (height + edge))
+    picture = Image.new("RGB", size)
+    pixels = to_uint8(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    for i, image in enumerate(pixels):
+        row, column = divmod(i, columns)
+        corner = (edge + column * (width + edge), edge + row * (height + edge))
+        picture.paste(Image.fromarray(image), corner)
+    return picture
 
 
 class Batches:
@@ -123,11 +129,13 @@ def load_images(config: Config, split: str = "train") -> np.ndarray:
 
 def download(name: str, data_dir: str, size: int, channels: int, split: str) -> np.ndarray:
     """A data set of torchvision, downloaded into data_dir where it is not there yet."""
-    dataset_class, archive = DOWNLOADS[name]
+    from torchvision import datasets  # here, since importing it takes longer than torch itself
+
+    kind, archive = DOWNLOADS[name]
     try:
-        dataset = dataset_class(data_dir, train=split == "train", download=True)
+        dataset = getattr(datasets, kind)(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(
             f"{name} could not be downloaded ({reason}): put {archive} into {data_dir} by hand, "
             "or use --data shapes, which needs no download") from error
@@ -161,7 +169,8 @@ def load_folder(folder: Path, data_dir: Path, size: int, channels: int) -> np.nd
         stat = path.stat()
         name = str(path.relative_to(folder))
         key.update(repr((name, stat.st_size, stat.st_mtime_ns)).encode())
-    cache = data_dir / f"{folder.resolve().name}-{key.hexdigest()[:16]}.images"
+    start = folder.resolve().name[:50]  # a file's name may have 255 bytes
+    cache = data_dir / f"{start}-{key.hexdigest()[:16]}.images"
 
     try:
         images = read_cache(cache, len(paths), size, channels)
@@ -214,7 +223,8 @@ def decode_folder(paths: list[Path], cache: Path, size: int, channels: int) -> N
         except MemoryError:
             raise
         except Exception as error:  # a damaged file can raise anything; it is reported, not fatal
-            problems.append(f"{path} ({error})")
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+            problems.append(f"{path} ({reason})")
             return b""
 
     cache.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@
 import argparse
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +24,8 @@ from torch import Tensor
 from config import Config
 from data import DOWNLOADS, images_below, load_folder, load_images, to_float
 from ddpm import DDPM, Noise, at, batch_of, evaluating
-from inference import Sampler, add_shared_flags, read_record, refuse_without_fewer_steps
-from utils.cli import CommandLine, UserError, progress_bar, run
+from inference import Sampler, add_shared_flags, read_record
+from utils.cli import CommandLine, UserError, one_line, progress_bar, run, under_torchrun
 from utils.device import autocast, maybe_compile
 from utils.files import make_writable, write_json
 from utils.randomness import derive_seed
@@ -171,7 +170,7 @@ def bpd(sampler: Sampler, data: Config, args: argparse.Namespace) -> Fields:
     return {
         "data": describe(data, "test"),
         "num_images": len(images),
-        "timesteps_per_image": K or T,
+        "timesteps_per_image": T - 1 if K is None else K,
         "seed": sampler.seed,
         "precision": sampler.precision,
         "total": terms["total"].mean().item(),
@@ -263,7 +262,7 @@ def load_inception(weights: str | None) -> ModuleType:
             torch.load(weights, map_location="cpu", weights_only=True)
         inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
     except Exception as error:  # a download or a damaged file may raise anything
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         problem = "they could not be downloaded"
         if weights:
             problem = f"{weights} does not hold them"
@@ -325,13 +324,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.images:
         parser.refuse_without_effect(args, "with --images", "steps", "eta", "order", "spacing",
                                      "variance")
-    refuse_without_fewer_steps(parser, args)
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if "RANK" in os.environ:
+    if under_torchrun():
         raise UserError("evaluate.py runs in one process: start it with python, not torchrun")
     if args.json:
         make_writable(args.json)

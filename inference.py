@@ -59,15 +59,24 @@ class Sampler:
         self.ddpm = DDPM(model, config).to(self.device)
 
         self.shape = (config.channels, config.image_size, config.image_size)
-        self.steps = args.steps or config.timesteps
-        self.eta = args.eta
-        self.spacing = args.spacing or SPACING
-        self.order = args.order or ORDER
         self.seed = args.seed
         self.batch_size = args.batch_size
-        if self.steps > config.timesteps:
+        T = config.timesteps
+        self.steps = args.steps or T
+        self.eta = args.eta  # None for Algorithm 2
+        self.spacing = args.spacing or SPACING
+        self.order = args.order or ORDER
+        if self.steps > T:
             raise UserError(f"steps={self.steps} is impossible: this checkpoint's chain has 1 to "
-                            f"{config.timesteps}")
+                            f"{T}")
+        if is_algorithm_2(T, args.steps, args.eta):
+            where, unused = f"in Algorithm 2, all {T} steps", ("order", "spacing")
+        else:
+            where, unused = "in fewer steps", ("variance",)
+            self.eta = ETA if args.eta is None else args.eta
+        for name in unused:
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} has no effect {where}")
 
     def origin(self) -> dict[str, Any]:
         """All that decides what image i looks like."""
@@ -79,13 +88,11 @@ class Sampler:
         }
 
     def describe(self) -> str:
-        T = self.config.timesteps
-        if is_algorithm_2(T, self.steps, self.eta):
+        if self.eta is None:
             name = f"Algorithm 2, {self.config.variance}"
         else:
-            eta = ETA if self.eta is None else self.eta
-            name = f"order {self.order}, eta {eta:g}, {self.spacing} spacing"
-        return f"{name}, {self.steps} of {T} steps"
+            name = f"order {self.order}, eta {self.eta:g}, {self.spacing} spacing"
+        return f"{name}, {self.steps} of {self.config.timesteps} steps"
 
     def noise(self, seed: int, indices: Sequence[int]) -> ImageNoise:
         return ImageNoise(seed, indices, self.shape, self.device)
@@ -307,6 +314,8 @@ def slerp(a: Tensor, b: Tensor, fractions: Tensor) -> Tensor:
 def read_image(path: Path, sampler: Sampler) -> Tensor:
     """The picture as float [1, C, H, W] of the network's size; UserError if it cannot be read."""
     size = sampler.config.image_size
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise UserError(f"{path} is not a file")
     try:
         with Image.open(path) as image:
             if image.size != (size, size):
@@ -362,7 +371,7 @@ def add_shared_flags(parser: CommandLine) -> None:
     add("--run_dir", metavar="DIR", type=Path, default=Path("."),
         help="where checkpoints/ is (default: .)")
     add_number("--batch_size", int, "images at a time, per process (default: 64)", least=1,
-               default=64)
+               most=1e6, default=64)
     add_number("--steps", int, "network evaluations per image (default: T, the whole chain)",
                least=1)
     add_number("--eta", float, f"noise of fewer steps, from 0 to 1 (default: {ETA:g})", least=0,
@@ -373,20 +382,13 @@ def add_shared_flags(parser: CommandLine) -> None:
         help=f"of fewer steps (default: {SPACING})")
     add("--variance", choices=["fixed_large", "fixed_small"],
         help="of Algorithm 2 and of bits/dim (default: as in the checkpoint)")
-    add_number("--seed", int, "image i is drawn from (seed, i) (default: 0)", least=0, default=0)
+    add_number("--seed", int, "image i is drawn from (seed, i) (default: 0)", least=0,
+               most=2**32 - 1, default=0)
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: auto")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
         help="default: auto")
     add("--compile", choices=["auto", "on", "off"], default="auto",
         help="torch.compile the network (default: auto)")
-
-
-def refuse_without_fewer_steps(parser: CommandLine, args: argparse.Namespace) -> None:
-    """Ends the script where flags of fewer steps are given for Algorithm 2, or the reverse."""
-    if args.steps is None and args.eta is None:
-        parser.refuse_without_effect(args, "without --steps or --eta", "order", "spacing")
-    elif args.eta is not None:
-        parser.refuse_without_effect(args, "with --eta", "variance")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -397,13 +399,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="default: ./outputs")
     add("--mode", choices=[*MODES, "all"], default="sample", help="default: sample")
     counts = ", ".join(f"{mode} {count}" for mode, count in NUM_SAMPLES.items())
-    add_number("--num_samples", int, f"images: {counts} unless given", least=1)
+    add_number("--num_samples", int, f"images: {counts} unless given", least=1, most=1e7)
     add("--save_images", metavar="DIR", type=Path,
         help="sample: numbered PNGs, those not there yet")
     add("--npz", metavar="FILE", type=Path,
         help="sample: one uint8 array [N, H, W, C] instead of a grid")
     add_number("--seeds", int, "interpolate: between these (default: seed, seed + 1)", least=0,
-               metavar=("A", "B"), nargs=2)
+               most=2**32 - 1, metavar=("A", "B"), nargs=2)
     add("--images", metavar=("A", "B"), type=Path, nargs=2,
         help="interpolate: between two pictures (section 4.3)")
     add_number("--t", int, "... noised this far, one row each (default: T/4 T/2 3T/4)", least=0,
@@ -421,7 +423,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.refuse_without_effect(args, "with --images", "seeds")
     else:
         parser.refuse_without_effect(args, "without --images", "t")
-    refuse_without_fewer_steps(parser, args)
     return args
 
 

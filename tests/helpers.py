@@ -39,6 +39,10 @@ TINY = {
 }
 
 
+# The variables of its one process
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+
+
 def tiny(**changes) -> Config:
     return Config(**{**TINY, **changes})
 

@@ -4,6 +4,8 @@ calculate the same."""
 import json
 import os
 import subprocess
+import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,21 @@ def test_ours_trains_and_samples():
 
 def dies(config: Config, precision: str) -> None:
     os._exit(1)
+
+
+def sleeps(config: Config, precision: str) -> None:
+    time.sleep(100)
+
+
+def test_the_end_of_an_interrupted_turn_is_not_waited_for(monkeypatch):
+    def interrupted(turn: Future) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "result", interrupted)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        bench.take_turns({"it": (sleeps, tiny(), "fp32")}, rounds=1, seconds=0)
+    assert time.monotonic() - start < 20
 
 
 def test_a_process_that_dies_is_named():

@@ -79,6 +79,12 @@ def test_digits_are_never_mirrored():  # a flip is right for photographs and wro
     ("device", "tpu", "cuda"),
     ("precision", "fp8", "bf16"),
     ("save_minutes", -1, "at least 0"),
+    ("max_steps", 10**19, "at most 1,000,000,000"),
+    ("epochs", 10**400, "at most"),
+    ("dim_mults", (1, 10**19), "at most"),
+    ("timesteps", 10**400, "at most"),
+    ("beta_end", 1e308, "at most"),
+    ("learning_rate", float("inf"), "at most"),
 ])
 def test_an_impossible_value_is_named_with_a_remedy(name, value, remedy):
     with pytest.raises(ValueError) as error:

@@ -1,15 +1,19 @@
 """Images in and out: every source, every kind of picture, the order of the batches."""
 
 import io
+import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import coloured_pictures, tiny
+from helpers import ROOT, coloured_pictures, tiny
 from PIL import Image
+from torchvision.utils import make_grid
 
 import data
 from config import Config
@@ -34,6 +38,21 @@ def test_all_256_values_survive_the_round_trip():  # truncation gets 63 of them 
     assert torch.equal(to_uint8(to_float(values)), values)
     assert to_float(values)[[0, 255]].tolist() == [-1, 1]
     assert to_uint8(torch.tensor([-3.0, 3.0, float("inf")])).tolist() == [0, 255, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("count", "columns"), [(5, 0), (5, 2), (7, 7), (2, 3)])
+def test_a_picture_is_the_grid_of_torchvision(count, columns, channels):
+    images = torch.rand(count, channels, 6, 8) * 2 - 1
+    columns_of_grid = columns or math.ceil(math.sqrt(count))
+    grid = make_grid(to_uint8(images), nrow=columns_of_grid, padding=2)
+    assert np.array_equal(np.asarray(to_picture(images, columns)), grid.permute(1, 2, 0))
+
+
+def test_importing_takes_no_longer_than_torch():
+    """torchvision brings the whole compiler along: as many seconds again for every start."""
+    line = "import sys, train, inference, evaluate; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", line], cwd=ROOT, check=False).returncode == 0
 
 
 def test_a_picture_is_rounded_too():
@@ -232,7 +251,7 @@ def test_a_few_damaged_images_are_skipped_and_named(folder, capfd):
     images = load_images(config_of(folder))
     assert sorted(image.mean() for image in images) == pytest.approx(range(10, 80, 10), abs=2)
     errors = capfd.readouterr().err
-    assert "broken.png" in errors
+    assert "broken.png (not an image)" in errors
     assert "half.jpg" in errors
     load_images(config_of(folder))  # from the cache, where they are missing too
     assert "2 of 9 images" in capfd.readouterr().err
@@ -387,7 +406,7 @@ def test_a_downloaded_data_set(monkeypatch, tmp_path):
             asked.append((root, train, download))
             self.data = pictures
 
-    monkeypatch.setitem(data.DOWNLOADS, "cifar10", (Fake, ""))
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
     config = tiny(data="cifar10", data_dir=str(tmp_path))
     images = load_images(config)
     assert images.dtype == np.uint8

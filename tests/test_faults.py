@@ -34,7 +34,7 @@ from config import Config
 from utils.checkpoint import is_finite, resumed_config
 from utils.cli import UserError, run
 from utils.files import PatientWriter
-from utils.metrics import MetricsFile
+from utils.metrics import COLUMNS, MetricsFile
 
 RUN = {"dropout": 0.3, "max_steps": 40, "log_every": 3, "sample_every": 10, "save_every": 0}
 
@@ -366,15 +366,18 @@ def test_metrics_that_could_not_be_written_are_written_later(tmp_path, monkeypat
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    file.write_row({"step": 1, "loss": 0.5})
+    row = dict.fromkeys(COLUMNS, 0.5)
+    file.write_row({**row, "step": 1})
+    whole = path.read_text()
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", full)
-        file.write_row({"step": 2, "loss": 0.25})
+        file.write_row({**row, "step": 2})
     assert writer.unwritten == {path}
-    assert path.read_text() == "step,loss\n1,0.5\n"
-    file.write_row({"step": 3, "loss": 0.125})
+    assert path.read_text() == whole
+    file.write_row({**row, "step": 3})
     assert not writer.unwritten
-    assert path.read_text() == "step,loss\n1,0.5\n2,0.25\n3,0.125\n"
+    steps = [line.split(",")[0] for line in path.read_text().splitlines()]
+    assert steps == ["step", "1", "2", "3"]
 
 
 def test_a_run_dir_that_cannot_be_written(tmp_path):

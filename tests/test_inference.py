@@ -267,6 +267,13 @@ def test_interpolation_between_images_with_steps_T_is_algorithm_2(
     assert between_pictures(two_pictures, checkpoint, tmp_path, "--eta", 0) != chain
 
 
+def test_more_steps_than_remain_from_t_are_no_algorithm_2(two_pictures, checkpoint, tmp_path):
+    line = [two_pictures, checkpoint, tmp_path, "--t", 9]
+    fewer = between_pictures(*line, "--steps", 20)
+    assert fewer == between_pictures(*line, "--steps", 10)
+    assert fewer != between_pictures(*line)
+
+
 def test_interpolation_between_images_starts_exactly_at_t(checkpoint, tmp_path, monkeypatch):
     starts = []
 
@@ -307,9 +314,12 @@ def test_what_cannot_be_done(arguments, words, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("script", [["inference.py"], ["evaluate.py", "--metric", "fid"]])
-@pytest.mark.parametrize("flag", [["--order", "1"], ["--spacing", "uniform"]])
-def test_what_algorithm_2_has_no_use_for(flag, script, tmp_path):
-    refused(called(*script, *flag, cwd=tmp_path), 2, f"{flag[0]} has no effect", "--steps")
+@pytest.mark.parametrize("flags", [
+    ["--order", "1"], ["--spacing", "uniform"], ["--order", "2", "--steps", "30"],
+    ["--variance", "fixed_small", "--steps", "10"], ["--variance", "fixed_large", "--eta", "0"]])
+def test_what_this_sampler_has_no_use_for(flags, script, checkpoint, tmp_path):
+    line = [*script, "--checkpoint", str(checkpoint), *flags]
+    refused(called(*line, cwd=tmp_path), 1, f"{flags[0]} has no effect")
 
 
 def test_a_t_beyond_the_chain(two_pictures, checkpoint, tmp_path):
@@ -327,6 +337,9 @@ def test_a_t_beyond_the_chain(two_pictures, checkpoint, tmp_path):
     (["--eta", "2"], ["eta=2"]),
     (["--eta", "nan"], ["eta=nan"]),
     (["--seed", "-1"], ["seed=-1"]),
+    (["--seed", str(10**19)], ["at most 4,294,967,295"]),
+    (["--num_samples", str(10**400)], ["at most 10,000,000"]),
+    (["--steps", str(10**19)], ["at most"]),
     (["--weights", "raw"], ["--weights"]),
 ])
 def test_a_wrong_command_line(arguments, words, tmp_path):

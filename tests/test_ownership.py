@@ -77,12 +77,35 @@ def test_metrics_survive_an_editor(edit, pictures, tmp_path):
     assert path.read_text().startswith("step,epoch,loss,")
 
 
-def test_metrics_of_another_encoding_are_refused_not_lost(pictures, tmp_path):
+def in_another_encoding(lines: list[str]) -> bytes:
+    return "\n".join(lines).encode("utf-16")
+
+
+def with_another_column(lines: list[str]) -> bytes:
+    return "\n".join(f"{line},note" for line in lines).encode()
+
+
+def without_the_last_column(lines: list[str]) -> bytes:
+    return "\n".join(line.rpartition(",")[0] for line in lines).encode()
+
+
+def with_empty_columns(lines: list[str]) -> bytes:
+    return "\n".join([lines[0], *(f"{line},," for line in lines[1:])]).encode()
+
+
+def with_a_note(lines: list[str]) -> bytes:
+    return "\n".join([*lines[:2], "here I lowered the rate", *lines[2:]]).encode()
+
+
+@pytest.mark.parametrize("change", [
+    in_another_encoding, with_another_column, without_the_last_column, with_empty_columns,
+    with_a_note])
+def test_metrics_that_were_changed_are_refused_not_lost(change, pictures, tmp_path):
     succeeded(train(tmp_path / "run", **{**pictures, "max_steps": 4}))
     path = tmp_path / "run/metrics.csv"
-    content = path.read_text().encode("utf-16")
+    content = change(path.read_text().splitlines())
     path.write_bytes(content)
-    refused(train(tmp_path / "run", "--resume", **pictures), 1, "metrics.csv", "move it away")
+    refused(train(tmp_path / "run", "--resume", **pictures), 1, "metrics.csv", "move the file away")
     assert path.read_bytes() == content
 
 

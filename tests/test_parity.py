@@ -548,6 +548,18 @@ def test_what_cannot_be_written_is_named_and_nothing_stays_behind(tmp_path, monk
     assert not (tmp_path / "theirs").exists()
 
 
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(pipeline: diffusers.DDPMPipeline, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    save(random_unet(tiny()), tiny(), tmp_path / "ours.pth")
+    monkeypatch.setattr(diffusers.DDPMPipeline, "save_pretrained", interrupted)
+    refused(to_diffusers(tmp_path), 130, "interrupted")
+    assert not (tmp_path / "theirs").exists()
+
+
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     refused(to_diffusers(tmp_path, "none.pth"), 1, "none.pth")
     refused(from_diffusers(tmp_path, "org/x"), 1, "org/x is not a folder")

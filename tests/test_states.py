@@ -121,6 +121,7 @@ def without_the_length_of_the_chain(content: dict) -> None:
     del content["config"]["timesteps"]
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize("tamper", [as_a_sparse_tensor, without_the_length_of_the_chain])
 def test_what_would_be_another_state_in_silence_is_refused(tamper, state, tmp_path):
     test_a_state_that_does_not_fit_is_refused_in_one_line(tamper, state, tmp_path)

@@ -90,13 +90,13 @@ def test_the_closed_terminal_saves(pictures, tmp_path):
 
 def test_nohup_goes_on(pictures, tmp_path):
     run = tmp_path / "run"
-    line = f"trap '' HUP; exec {training(run, max_steps=300, **pictures)}"
+    line = f"trap '' HUP; exec {training(run, max_steps=60, **pictures)}"
     process = shell(line, tmp_path)
     wait_for(run / "metrics.csv", process)
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=120)
     assert process.returncode == 0
-    assert latest(run)["step"] == 300
+    assert latest(run)["step"] == 60
 
 
 @pytest.mark.parametrize(("number", "status"), [
@@ -173,7 +173,7 @@ def test_a_signal_to_one_process_and_then_to_torchrun(pictures, tmp_path):
     assert saved_as_far_as_it_went(run)
 
 
-@pytest.mark.parametrize("mistake", [{"batch_size": 5}, {"data": "nowhere"}, {"dim": 7}])
+@pytest.mark.parametrize("mistake", [{"data": "nowhere"}, {"dim": 7}])
 def test_a_mistake_under_torchrun_is_said_once(mistake, tmp_path):
     process = begin(torchrun(tmp_path / "run", 2, **mistake), tmp_path)
     _, err = process.communicate(timeout=120)

@@ -202,6 +202,10 @@ def take_turns(
                     turns[name].append(turn.result())
                 except BrokenProcessPool as error:
                     raise UserError(f"the process of {name} died: out of memory?") from error
+                except BaseException:  # a signal, say: its end is not waited for
+                    for child in multiprocessing.active_children():
+                        child.kill()
+                    raise
     return {name: summary(its_turns) for name, its_turns in turns.items()}
 
 

@@ -2,12 +2,14 @@
 
 import argparse
 import errno
-import math
+import io
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -29,15 +31,27 @@ class UserError(Exception):
     """Something that the user can mend; the scripts show its one line and exit with status 1."""
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun started this process: some of its variables may be left from elsewhere."""
+    variables = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return variables <= os.environ.keys()
+
+
 def is_first_process() -> bool:
     """Of torchrun's processes, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 def warn(text: str) -> None:
     """A line on stderr, above the progress bar; of torchrun's processes, from the first one."""
     if is_first_process():
-        tqdm.write(f"warning: {text}", file=sys.stderr)
+        tqdm.write(one_line(f"warning: {text}"), file=sys.stderr)
+
+
+def one_line(message: Any) -> str:
+    """Of a library's error, or around a file's name with a line break in it."""
+    lines = str(message).splitlines()
+    return " ".join(line.strip() for line in lines if line.strip())
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -57,7 +71,7 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
 
     def add_number(
-        self, flag: str, kind: type, help: str, least: float, most: float = math.inf,
+        self, flag: str, kind: type, help: str, least: float, most: float = 1e9,
         **options: Any,
     ) -> None:
         """A flag whose value, or each of whose values, must lie between least and most."""
@@ -66,9 +80,9 @@ class CommandLine(argparse.ArgumentParser):
         def parse(text: str) -> Any:
             number = kind(text)
             if not least <= number <= most:  # not of a nan either
-                bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
                 raise argparse.ArgumentTypeError(
-                    f"{name}={text} is impossible: it must be {bounds}")
+                    f"{name}={text} is impossible: it must be at least {least} and at most "
+                    f"{most:,.10g}")
             return number
 
         parse.__name__ = kind.__name__  # argparse's own message has it: invalid int value
@@ -133,10 +147,24 @@ def interrupt(number: int, frame: Any) -> NoReturn:
     raise Interrupted(number)
 
 
-def handle(number: int, handler: Callable[[int, Any], Any]) -> None:
+def handle(number: int, handler: Any) -> None:
     """Unless whoever started this process had it ignore the signal, as nohup does."""
     if signal.getsignal(number) != signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside, a signal ends the process: while PyTorch waits for others, no handler would run."""
+    numbers = (signal.SIGINT, *END_SIGNALS)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        handle(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopSignal:
@@ -172,10 +200,15 @@ class StopSignal:
 
 
 class HarmlessStream:
-    """Standard output or error whose reader may go away: what cannot be written is dropped."""
+    """Standard output or error whose reader may go away: what cannot be written is dropped.
+
+    What its encoding lacks, as names of files may have, becomes backslashes and numbers.
+    """
 
     def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream or os.fdopen(open_nowhere(), "w")  # it is None where it was closed
+        if isinstance(self.stream, io.TextIOWrapper):
+            self.stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         try:
@@ -207,6 +240,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.stdout, sys.stderr = HarmlessStream(sys.stdout), HarmlessStream(sys.stderr)
     for number in END_SIGNALS:
         handle(number, interrupt)
+    warnings.showwarning = lambda message, *_: warn(str(message))
     status, problem = 1, ""
     try:
         status = main()
@@ -232,8 +266,8 @@ def run(main: Callable[[], int]) -> NoReturn:
             # Rank 0 has most likely said the same, and torchrun is about to end this process.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
-        line = problem.replace("\n", "\\n")  # of a file's name
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+        line = one_line(f"{Path(sys.argv[0]).name}: error: {problem}")
+        print(line, file=sys.stderr, flush=True)
     print(end="", flush=True)
     sys.exit(status)
 
@@ -252,5 +286,5 @@ def describe_os_error(error: OSError) -> str:
         errno.EROFS: "name another place",
     }
     reason = error.strerror or str(error)
-    remedy = remedies.get(error.errno, "name another one")
+    remedy = remedies.get(error.errno, "try again, or name another one")
     return f"{error.filename or 'a file'}: {reason}: {remedy}"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.cli import UserError, warn
+from utils.cli import UserError, ended_by_signals, one_line, under_torchrun, warn
 
 
 def select_device(name: str) -> torch.device:
@@ -120,7 +120,7 @@ def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callabl
     try:
         return torch._dynamo.lookup_backend("inductor")(graph, inputs)
     except Exception as error:  # a compiler that is missing or broken can raise anything
-        reason = " ".join(str(error).split())[:150]
+        reason = one_line(error)[:200]
         warn(f"torch.compile failed ({reason}): going on without it")
         return graph.forward
 
@@ -130,19 +130,26 @@ def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callabl
 def start_processes() -> tuple[int, int]:
     """Join the other processes where torchrun started this one.
 
-    (rank, world_size), which is (0, 1) without torchrun.
+    (rank, world_size), which is (0, 1) without torchrun.  Raises UserError where they do not meet.
     """
-    started_by_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if not started_by_torchrun:
+    if not under_torchrun():
         return 0, 1
-    # Long, since the first process may download and decode the data while the others wait.
-    patience = timedelta(hours=2)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
-    # torchrun's restarts share one store: without a prefix they would find the addresses of the
-    # dead in it.
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    store = dist.PrefixStore(f"restart {restart}", store)
-    dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=patience)
+    try:
+        with ended_by_signals():
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+            # Long, since the first one may download and decode the data while the others wait.
+            patience = timedelta(hours=2)
+            store.set_timeout(patience)
+            # torchrun's restarts share one store: without a prefix they would find the addresses
+            # of the dead in it.
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"restart {restart}", store)
+            dist.init_process_group(
+                store=store, rank=rank, world_size=world_size, timeout=patience)
+    except (RuntimeError, ValueError) as error:
+        reason = one_line(error)[:200]
+        raise UserError("the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of "
+                        f"do not meet ({reason}): start with torchrun, or unset these") from error
     return rank, world_size
 
 
@@ -151,16 +158,19 @@ def from_first_process(load: Callable[[], Any]) -> Any:
     if not dist.is_initialized():
         return load()
     box = [load() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box)
+    with ended_by_signals():
+        dist.broadcast_object_list(box)
     return box[0]
 
 
 def first_process_first(load: Callable[[], Any]) -> Any:
     """load() in every process: what rank 0 downloads or decodes, the others find done."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank > 0:
-        dist.barrier()
+    if not dist.is_initialized():
+        return load()
+    if dist.get_rank() > 0:
+        with ended_by_signals():
+            dist.barrier()
+        return load()
     loaded = load()
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
+    dist.barrier()
     return loaded

@@ -21,13 +21,17 @@ except ImportError:  # Windows has no such lock
     fcntl = None
 
 
+def temporary_name(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file that becomes path only when it is complete and on the disk.
 
     After an error, or a power cut, path is as it was.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -61,7 +65,7 @@ def make_writable(path: Path) -> None:
     if path.exists() and not path.is_file():  # /dev/null would be replaced
         raise OSError(errno.EINVAL, "Not a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    trial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    trial = temporary_name(path)
     trial.touch()
     trial.unlink()
 

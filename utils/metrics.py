@@ -16,6 +16,9 @@ from torch import Tensor
 from utils.cli import UserError, warn
 from utils.files import PatientWriter, atomic_write
 
+COLUMNS = ("step", "epoch", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "lr", "grad_norm",
+           "images_per_sec")
+
 
 class Metrics:
     """Sums over the steps since the last row, kept on the device: no step waits for them."""
@@ -52,20 +55,15 @@ class Metrics:
         self.check_finite(step)
         steps, grad_norm = self.steps.item(), self.grad_norm.item()
         losses, counts = self.losses.tolist(), self.images.tolist()
-        row = {
-            "step": step,
-            "epoch": images_seen // num_images,
-            "loss": sum(losses) / sum(counts),
-        }
-        for i in range(4):
-            row[f"loss_q{i + 1}"] = losses[i] / counts[i] if counts[i] else math.nan
-        row["lr"] = lr
-        row["grad_norm"] = grad_norm / steps
+        epoch = images_seen // num_images
+        loss = sum(losses) / sum(counts)
+        quarters = [losses[i] / counts[i] if counts[i] else math.nan for i in range(4)]
         seconds = time.perf_counter() - self.clock
-        row["images_per_sec"] = (images_seen - self.images_before) / seconds
+        images_per_sec = (images_seen - self.images_before) / seconds
         self.sums.zero_()
         self.start_clock(images_seen)
-        return row
+        values = (step, epoch, loss, *quarters, lr, grad_norm / steps, images_per_sec)
+        return dict(zip(COLUMNS, values, strict=True))
 
     def check_finite(self, step: int) -> None:
         """Raises UserError where one of the steps since the last row was not."""
@@ -90,7 +88,7 @@ class MetricsFile:
 
     def write_row(self, row: dict[str, float]) -> None:
         if not self.lines:
-            self.lines.append(",".join(row))
+            self.lines.append(",".join(COLUMNS))
         values = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()]
         self.lines.append(",".join(values))
         self.writer.write(self.path, self.save)
@@ -110,19 +108,21 @@ class MetricsFile:
 def read_rows(path: Path, step: int) -> list[str]:
     """The header and the rows up to step: a resumed run writes those after it again.
 
-    Raises UserError where it is another file than this project writes.
+    Raises UserError where a line is not as this project writes it, rather than leave it out.
     """
     text = path.read_bytes().decode("utf-8-sig", errors="replace")
     lines = text.splitlines()
     if not lines:
         return []
-    if not lines[0].startswith("step,"):
-        raise UserError(f"{path} is not a table that this project wrote: move it away")
     kept = lines[:1]
-    for line in lines[1:]:
-        number = line.split(",")[0]
-        is_whole = line.count(",") == lines[0].count(",")
-        if is_whole and number.isdigit() and int(number) <= step:
+    for number, line in enumerate(lines, start=1):
+        values = line.split(",")
+        is_header = number == 1 and values == list(COLUMNS)
+        is_row = number > 1 and len(values) == len(COLUMNS) and values[0].isdigit()
+        if not is_header and not is_row:
+            raise UserError(f"{path} has been changed: line {number} is not as this project writes "
+                            "it; mend that, or move the file away")
+        if is_row and int(values[0]) <= step:
             kept.append(line)
     return kept
 
