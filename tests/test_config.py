@@ -1,10 +1,13 @@
 """Config: what is possible, what is refused and how, and the round trip that checkpoints make."""
 
+import inspect
+import re
 from dataclasses import asdict
 
 import pytest
 
 from config import PRESETS, Config
+from utils.cli import CommandLine
 
 
 def test_defaults():
@@ -96,3 +99,20 @@ def test_an_impossible_value_is_named_with_a_remedy(name, value, remedy):
 @pytest.mark.parametrize("sizes", [(32,), (16, 8), (4, 32), ()])
 def test_attention_at_the_size_of_any_level_or_none(sizes):
     assert Config(attn_resolutions=sizes).attn_resolutions == sizes
+
+
+def test_help_has_the_groups_of_config_py(capsys):
+    """Its blank lines part the fields; each group is a heading of --help."""
+    source = inspect.getsource(Config).split("def __post_init__")[0]
+    groups = []
+    for block in source.split("\n\n")[1:]:
+        names = re.findall(r"^    (\w+): .*= setting\(", block, re.MULTILINE)
+        if names:
+            groups.append(names)
+    parser = CommandLine("", "")
+    parser.add_settings()
+    parser.print_help()
+    told = capsys.readouterr().out.split("\n\n")
+    found = [re.findall(r"^  --(\w+)", block, re.MULTILINE) for block in told]
+    assert [names for names in found if names][1:] == groups
+    assert len(groups) == 6

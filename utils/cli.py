@@ -54,6 +54,16 @@ def one_line(message: Any) -> str:
     return " ".join(line.strip() for line in lines if line.strip())
 
 
+HEADINGS = {  # in --help: the first field of each group of Config
+    "data": "data",
+    "dim": "network",
+    "timesteps": "diffusion",
+    "batch_size": "training",
+    "device": "where it runs",
+    "run_dir": "what it writes",
+}
+
+
 class CommandLine(argparse.ArgumentParser):
     """An ArgumentParser that answers a mistake with one line and exit status 2."""
 
@@ -97,6 +107,8 @@ class CommandLine(argparse.ArgumentParser):
         self.add_argument("--preset", choices=PRESETS, default=argparse.SUPPRESS,
                           help="start from these settings instead; other flags override them")
         for f in fields(Config):
+            if f.name in HEADINGS:
+                group = self.add_argument_group(HEADINGS[f.name])
             default = f.default
             options: dict[str, Any] = {"default": argparse.SUPPRESS}
             if f.metadata["choices"]:
@@ -110,7 +122,7 @@ class CommandLine(argparse.ArgumentParser):
                 metavars = {int: "N", float: "X", str: "NAME"}
                 options.update(type=type(default), metavar=metavars[type(default)])
             help = f"{f.metadata['help']} (default: {default})"
-            self.add_argument(f"--{f.name}", help=help, **options)
+            group.add_argument(f"--{f.name}", help=help, **options)
 
     def given_settings(self, args: argparse.Namespace) -> dict[str, Any]:
         """The fields of Config that flags name."""
