@@ -92,9 +92,10 @@ def called(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
     out, err = io.StringIO(), io.StringIO()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
+    before = Path.cwd()
+    os.chdir(cwd)
     try:
-        with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-              contextlib.chdir(cwd)):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             run(lambda: main(list(arguments)))
     except SystemExit as end:
         status = end.code
@@ -102,6 +103,7 @@ def called(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
             err.write(f"{status}\n")
             status = 1
     finally:
+        os.chdir(before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return subprocess.CompletedProcess([name, *arguments], status, out.getvalue(), err.getvalue())
