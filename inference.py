@@ -54,7 +54,7 @@ class Sampler:
         if args.variance:
             config = replace(config, variance=args.variance)
         self.config = config
-        self.precision = select_precision(args.precision, self.device, config.dim)
+        self.precision = select_precision(args.precision, self.device, config, training=False)
         model.to(memory_format=memory_format(self.device, self.precision))
         self.ddpm = DDPM(model, config).to(self.device)
 

@@ -10,7 +10,7 @@
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,8 @@ def train(
     """
     run_dir = Path(config.run_dir)
     device = select_device(config.device)
-    precision = select_precision(config.precision, device, config.dim)
+    precision = select_precision(config.precision, device, config, training=True)
+    config = replace(config, precision=precision)  # so that --resume goes on with it
     images = first_process_first(lambda: load_images(config))
     batches = Batches(images, config, device, rank, world_size)
     state = TrainingState(config, device, precision)

@@ -19,7 +19,7 @@ from model import attend
 from tools import bench
 from utils import device
 from utils.cli import UserError
-from utils.device import has_bf16, memory_format, select_precision
+from utils.device import memory_format
 
 CPU = torch.device("cpu")
 BOTH = ("train", "sample")
@@ -36,11 +36,8 @@ def test_bench_measures_ours_and_diffusers(tmp_path):
     pytest.importorskip("diffusers")
     result = succeeded(run_bench(tmp_path, "--peers", json="bench.json"))
     found = json.loads((tmp_path / "bench.json").read_text())
-    names = {"ours", "diffusers_fp32"}
-    if has_bf16(CPU):
-        names |= {"ours_bf16", "diffusers_bf16"}
+    names = {"ours", "ours_bf16", "diffusers_fp32", "diffusers_bf16"}
     assert found["results"].keys() == names
-    assert ("bf16 is left out" in result.stdout) == (not has_bf16(CPU))
     others = names - {"ours"}
     assert found["ratios"].keys() == {f"{what}_vs_{name}" for what in BOTH for name in others}
 
@@ -64,13 +61,14 @@ def test_bench_measures_ours_and_diffusers(tmp_path):
     assert (found["precision"], found["compiled"]) == ("fp32", False)
 
 
-@pytest.mark.parametrize(("native", "precision", "peers", "expected"), [
-    (False, "fp32", True, "ours diffusers_fp32 convolution"),
-    (True, "fp32", False, "ours ours_bf16 convolution"),
-    (True, "bf16", True, "ours ours_fp32 diffusers_fp32 diffusers_bf16 convolution"),
-    (True, "fp16", False, "ours ours_fp32 ours_bf16 convolution"),
+@pytest.mark.parametrize(("speedup", "precision", "peers", "expected"), [
+    (0.05, "fp32", True, "ours ours_bf16 diffusers_fp32 diffusers_bf16 convolution"),
+    (0.05, "auto", False, "ours ours_bf16 convolution"),
+    (2.0, "fp32", False, "ours ours_bf16 convolution"),
+    (2.0, "auto", True, "ours ours_fp32 diffusers_fp32 diffusers_bf16 convolution"),
+    (2.0, "fp16", False, "ours ours_fp32 ours_bf16 convolution"),
 ])
-def test_who_takes_part(native, precision, peers, expected, tmp_path, monkeypatch):
+def test_who_takes_part(speedup, precision, peers, expected, tmp_path, monkeypatch):
     measured = {}
 
     def take_turns(contenders, rounds, seconds):
@@ -80,17 +78,35 @@ def test_who_takes_part(native, precision, peers, expected, tmp_path, monkeypatc
 
     monkeypatch.setattr(bench, "take_turns", take_turns)
     for module in (bench, device):
-        monkeypatch.setattr(module, "has_bf16", lambda device: native)
+        monkeypatch.setattr(module, "measure_speedup", lambda *_: speedup)
     monkeypatch.setattr(bench, "find_spec", lambda name: True)
     # For the convolution of 16 images this grad_accum would be impossible.
     settings = {"precision": precision, "batch_size": 6, "grad_accum": 3}
-    succeeded(run_bench(tmp_path, *["--peers"] * peers, **settings))
+    result = succeeded(run_bench(tmp_path, *["--peers"] * peers, **settings))
+    if precision == "auto":
+        precision = "bf16" if speedup > 1 else "fp32"
+    assert f"batch 6, {precision}," in result.stdout
+    is_emulated = speedup < 1
+    assert ("bf16 is emulated here" in result.stdout) == is_emulated
     assert set(measured) == set(expected.split())
     for name, (make, config, its_precision) in measured.items():
         family, _, suffix = name.partition("_")
         assert make is getattr(bench, family)
         assert its_precision == (suffix or precision)
-        assert config.batch_size == (16 if make is bench.convolution else 6)
+        batch_size = 1 if suffix == "bf16" and is_emulated else 6
+        assert config.batch_size == (16 if make is bench.convolution else batch_size)
+
+
+@pytest.mark.parametrize(("step_seconds", "steps"), [(10.0, 2), (3.0, 3), (0.1, 32)])
+def test_a_step_longer_than_the_turn_is_not_repeated(step_seconds, steps, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    def step() -> None:
+        now[0] += step_seconds
+
+    assert bench.steps_per_second(step, 3.0, CPU) == pytest.approx(1 / step_seconds)
+    assert now[0] == pytest.approx(steps * step_seconds)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -197,17 +213,6 @@ def test_in_16_bits_a_cpu_is_faster_without_channels_last():
     assert memory_format(CPU, "bf16") == torch.contiguous_format
     assert memory_format(CPU, "fp32") == torch.channels_last
     assert memory_format(torch.device("cuda"), "bf16") == torch.channels_last
-
-
-@pytest.mark.parametrize(("native", "dim", "expected"), [
-    (True, 64, "bf16"),
-    (True, 16, "bf16"),
-    (True, 8, "fp32"),
-    (False, 64, "fp32"),
-])
-def test_precision_auto(native, dim, expected, monkeypatch):
-    monkeypatch.setattr(device, "has_bf16", lambda device: native)
-    assert select_precision("auto", CPU, dim) == expected
 
 
 # Compiling

@@ -7,7 +7,9 @@
 It takes the settings of train.py.  All take turns, and every turn is in a
 process of its own, where no one profits from the memory or the settings of
 another.  The figures are medians of the rounds, without warm-up and
-compiling, which every turn begins with.  The images are random pixels: what
+compiling, which every turn begins with; a step that takes longer than
+--seconds is timed once.  Ours is in the precision of --precision, auto as in
+train.py, and in the other one too.  The images are random pixels: what
 they show does not change the speed.  --peers adds the same network in
 diffusers, in fp32, its default, and by bf16 autocast.
 """
@@ -15,6 +17,7 @@ diffusers, in fp32, its default, and by bf16 autocast.
 import math
 import multiprocessing
 import platform
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -42,9 +45,11 @@ from train import train_step
 from utils.checkpoint import TrainingState
 from utils.cli import CommandLine, UserError, run
 from utils.device import (
+    DTYPES,
+    EMULATED,
     autocast,
-    has_bf16,
     maybe_compile,
+    measure_speedup,
     memory_format,
     select_device,
     select_precision,
@@ -119,8 +124,7 @@ def diffusers(config: Config, precision: str) -> Codebase:
 def convolution(config: Config, precision: str) -> Codebase:
     """A bare 3 x 3 convolution of 128 channels at 32 x 32: what the device can do."""
     device = select_device(config.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    layout = memory_format(device, precision)
+    dtype, layout = DTYPES[precision], memory_format(device, precision)
     conv = nn.Conv2d(128, 128, 3, padding=1, bias=False).to(device, dtype, memory_format=layout)
     x = torch.randn(config.batch_size, 128, 32, 32, device=device, dtype=dtype)
     x = x.to(memory_format=layout).requires_grad_()
@@ -164,8 +168,10 @@ def measure(
 
 def steps_per_second(step: Callable[[], Any], seconds: float, device: torch.device) -> float:
     timed(step, 1, device)  # compiles
-    estimate = timed(step, 2, device) / 2
-    count = max(1, round(seconds / estimate))
+    estimate = timed(step, 1, device)
+    if estimate > seconds:
+        return 1 / estimate
+    count = round(seconds / estimate)
     return count / timed(step, count, device)
 
 
@@ -241,10 +247,15 @@ def count_gflop(config: Config) -> dict[str, float]:
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu = torch.cpu.get_capabilities()
-    kinds = [kind for kind in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if cpu.get(kind)]
-    name = cpu.get("cpu_name") or platform.machine()
-    return f"{name} ({' '.join(kinds)}), {torch.get_num_threads()} threads"
+    threads = f"{torch.get_num_threads()} threads"
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():  # not Linux
+        return f"{platform.machine()}, {threads}"
+    facts = dict(re.findall(r"(.+?)\s*: (.*)", cpuinfo.read_text()))
+    name = facts.get("model name", platform.machine())
+    flags = facts.get("flags", "").split()
+    kinds = [kind for kind in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if kind in flags]
+    return f"{name} ({' '.join(kinds)}), {threads}"
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:
@@ -273,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parser.config(args)
     device = select_device(config.device)
     config = replace(config, device=device.type)
-    precision = select_precision(config.precision, device, config.dim)
+    precision = select_precision(config.precision, device, config, training=True)
     if args.peers:
         if find_spec("diffusers") is None:
             raise UserError("--peers needs a package that is not installed: pip install diffusers")
@@ -282,12 +293,15 @@ def main(argv: list[str] | None = None) -> int:
         make_writable(args.json)
 
     contenders = {"ours": (ours, config, precision)}
-    native = ["fp32", "bf16"] if has_bf16(device) else ["fp32"]
-    for other in native:
+    settings = {"fp32": config, "bf16": config}
+    is_emulated = device.type == "cpu" and measure_speedup("bf16", config, True) < EMULATED
+    if is_emulated:
+        settings["bf16"] = replace(config, batch_size=1, grad_accum=1)
+    for other, its_config in settings.items():
         if other != precision:
-            contenders[f"ours_{other}"] = (ours, config, other)
+            contenders[f"ours_{other}"] = (ours, its_config, other)
         if args.peers:
-            contenders[f"diffusers_{other}"] = (diffusers, config, other)
+            contenders[f"diffusers_{other}"] = (diffusers, its_config, other)
     bare = replace(config, batch_size=512 if device.type == "cuda" else 16, grad_accum=1)
     contenders["convolution"] = (convolution, bare, precision)
     compiled = maybe_compile(config.compile, device, math.inf)
@@ -296,8 +310,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{config.image_size} x {config.image_size}, batch {config.batch_size}, {precision}, "
           f"compile {'on' if compiled else 'off'}")
     print(f"{gflop['train']:.3g} GFLOP to train an image, {gflop['sample']:.3g} to evaluate it")
-    if "bf16" not in native:
-        print(f"bf16 is left out: this {device.type} has no arithmetic of its own for it")
+    if is_emulated:
+        print("bf16 is emulated here, so slowly that it gets batches of one image")
 
     results = take_turns(contenders, args.rounds, args.seconds)
     peak = results.pop("convolution")

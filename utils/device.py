@@ -8,6 +8,7 @@ average and the optimizer stay in fp32 whatever the precision.
 import ctypes
 import os
 import platform
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from config import Config
 from utils.cli import UserError, ended_by_signals, one_line, under_torchrun, warn
 
 
@@ -60,25 +62,70 @@ def keep_freed_memory() -> None:
 
 # Precision
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device calculates in bf16 itself; emulated, it is far slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu.get_capabilities()
-    native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    return device.type == "cpu" and bool(native)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CLEARLY = 1.2  # times as fast: a measurement errs, and casting the weights takes time as well
+EMULATED = 1 / 3  # times as fast, or less: the processor has no such arithmetic
 
 
-def select_precision(name: str, device: torch.device, dim: int) -> str:
-    """auto, fp32, bf16 or fp16 -> the precision of the network's convolutions and products."""
-    native = has_bf16(device)
+def select_precision(name: str, device: torch.device, config: Config, training: bool) -> str:
+    """auto, fp32, bf16 or fp16 -> the precision of the network's convolutions and products.
+
+    auto is bf16 where that is clearly faster.  Of torchrun's processes the first one decides.
+    """
+    return from_first_process(lambda: choose_precision(name, device, config, training))
+
+
+def choose_precision(name: str, device: torch.device, config: Config, training: bool) -> str:
+    if name == "fp32":
+        return name
+    wanted = "bf16" if name == "auto" else name
+    if device.type == "cpu":
+        speedup = measure_speedup(wanted, config, training)
+        is_faster, is_slower = speedup > CLEARLY, speedup < 1
+    else:
+        is_cuda = device.type == "cuda"
+        is_faster = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        is_slower = is_cuda and wanted == "bf16" and not is_faster
     if name == "auto":
-        # On a CPU the casts of autocast cost a narrow network more than bf16 saves it.
-        wide_enough = device.type == "cuda" or dim >= 16
-        return "bf16" if native and wide_enough else "fp32"
-    if name == "bf16" and not native or name == "fp16" and device.type == "cpu":
-        warn(f"this {device.type} has no {name} arithmetic of its own: fp32 is many times faster")
+        return "bf16" if is_faster else "fp32"
+    if is_slower:
+        warn(f"{name} is slower than fp32 on this {device.type}: --precision auto avoids it")
     return name
+
+
+def measure_speedup(precision: str, config: Config, training: bool) -> float:
+    """How many times as fast as fp32 it is, for a convolution as wide as the network on this CPU.
+
+    The flags of a processor do not tell: bf16 instructions are twice as fast as fp32 on one, and
+    slower on another.
+    """
+    width, size = config.dim, min(32, config.image_size)
+    gflop = 2 * 9 * width**2 * size**2 / 1e9  # of one image
+    images = max(1, min(8, round(1 / gflop)))
+    # A small one first: where 16 bits are emulated, a large one takes seconds.
+    for shape in [(1, width, 8, 8), (images, width, size, size)]:
+        fp32_seconds = convolution_seconds(shape, "fp32", training)
+        speedup = fp32_seconds / convolution_seconds(shape, precision, training)
+        if speedup < EMULATED:
+            break
+    return speedup
+
+
+def convolution_seconds(shape: tuple[int, ...], precision: str, training: bool) -> float:
+    """The best of some 3 x 3 convolutions on the CPU, with their gradients for training."""
+    layout = memory_format(torch.device("cpu"), precision)
+    options = {"dtype": DTYPES[precision], "memory_format": layout}
+    conv = nn.Conv2d(shape[1], shape[1], 3, padding=1).to(**options)
+    x = torch.randn(shape).to(**options).requires_grad_(training)
+    times: list[float] = []
+    while len(times) < 2 or len(times) < 5 and sum(times) < 0.05:  # the first one is a warm-up
+        start = time.perf_counter()
+        with torch.set_grad_enabled(training):
+            y = conv(x)
+        if training:
+            torch.autograd.grad(y, (x, conv.weight), y.detach())
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def memory_format(device: torch.device, precision: str) -> torch.memory_format:
