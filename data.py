@@ -66,6 +66,7 @@ class Batches:
 
     B is batch_size / world_size.  The order is one permutation of the data after another, each
     drawn from (seed, epoch); a step takes the next batch_size images, rank r its slice of them.
+    No step waits for a GPU.
     """
 
     def __init__(
@@ -77,17 +78,35 @@ class Batches:
         self.batch_size = config.batch_size // world_size  # of this process
         self.device = device
         self.rank = rank
+        # What is on the GPU of the stream of indices: an epoch of it, from this position on.
+        self.order, self.order_start = torch.empty(0), 0
         if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.images = torch.tensor(images, device=device)
 
     def __call__(self, images_seen: int) -> Tensor:
         first = images_seen + self.rank * self.batch_size
-        indices = data_order(self.seed, first, self.batch_size, len(self.images))
         if isinstance(self.images, Tensor):
-            batch = self.images[torch.from_numpy(indices).to(self.device)]
-        else:
-            batch = torch.from_numpy(np.asarray(self.images[indices])).to(self.device)
-        return to_float(batch)
+            return to_float(self.images[self.order_on_device(first)])
+        indices = data_order(self.seed, first, self.batch_size, len(self.images))
+        batch = torch.from_numpy(np.asarray(self.images[indices]))
+        return to_float(to_device(batch, self.device))
+
+    def order_on_device(self, first: int) -> Tensor:
+        """Image indices [B] at positions first, first + 1, ...: copied once per epoch."""
+        end = self.order_start + len(self.order)
+        if not self.order_start <= first <= end - self.batch_size:
+            count = max(len(self.images), self.batch_size)
+            order = data_order(self.seed, first, count, len(self.images))
+            self.order, self.order_start = to_device(torch.from_numpy(order), self.device), first
+        offset = first - self.order_start
+        return self.order[offset:offset + self.batch_size]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there.  From pinned memory it is copied without waiting for the GPU."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def mirror_half(images: Tensor) -> Tensor:
@@ -98,11 +117,13 @@ def mirror_half(images: Tensor) -> Tensor:
 
 def data_order(seed: int, first: int, count: int, num_images: int) -> np.ndarray:
     """Image indices [count] at positions first, first + 1, ... of the stream of permutations."""
-    indices = []
-    for position in range(first, first + count):
-        epoch, offset = divmod(position, num_images)
-        indices.append(permutation(seed, epoch, num_images)[offset])
-    return np.array(indices)
+    parts, end = [], first + count
+    while first < end:
+        epoch, offset = divmod(first, num_images)
+        part = permutation(seed, epoch, num_images)[offset:offset + end - first]
+        parts.append(part)
+        first += len(part)
+    return np.concatenate(parts)
 
 
 @lru_cache(maxsize=2)

@@ -304,11 +304,11 @@ def slerp(a: Tensor, b: Tensor, fractions: Tensor) -> Tensor:
     """
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = torch.acos(cosine.clamp(-1, 1))  # rounding takes it beyond 1
-    if angle < 1e-3:
-        return torch.lerp(a, b, fractions)
     share_a = torch.sin((1 - fractions) * angle) / torch.sin(angle)
     share_b = torch.sin(fractions * angle) / torch.sin(angle)
-    return share_a * a + share_b * b
+    curved = share_a * a + share_b * b
+    # Not an if: it would wait for a GPU, in every step.
+    return torch.where(angle < 1e-3, torch.lerp(a, b, fractions), curved)
 
 
 def read_image(path: Path, sampler: Sampler) -> Tensor:

@@ -111,6 +111,18 @@ def test_a_batch_is_the_images_in_their_order(counted):
     assert torch.equal(batch, to_float(torch.from_numpy(expected)))
 
 
+@pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (6, 3), (11, 1), (30, 2)])
+def test_images_that_lie_on_a_gpu_come_in_the_same_order(batch_size, world_size, counted):
+    """By the code for a GPU, with tensors on the CPU."""
+    config = tiny(batch_size=batch_size)
+    for rank in range(world_size):
+        expected = Batches(counted, config, CPU, rank, world_size)
+        batches = Batches(counted, config, CPU, rank, world_size)
+        batches.images = torch.tensor(counted)
+        for images_seen in [*range(0, 20 * batch_size, batch_size), 3, 100, 0]:
+            assert torch.equal(batches(images_seen), expected(images_seen))
+
+
 def test_half_of_the_images_are_mirrored():
     images = torch.zeros(400, 3, 2, 3)
     images[..., 2] = 1

@@ -1,0 +1,162 @@
+"""No step waits for a GPU: nothing is copied to it or read from it, on one that is pretended.
+
+Under FakeTensorMode tensors have a shape, a type and a device, but no values, so a "cuda" that is
+not there will do: reading a value raises, and Copies sees what goes from one device to another.
+The backward pass does not run there; tests/test_gpu.py has it, on a real GPU.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data import Batches, mirror_half
+from ddpm import DDPM
+from evaluate import bits_per_dim
+from inference import slerp
+from model import UNet
+from utils.metrics import Metrics
+from utils.randomness import ImageNoise
+
+CUDA = torch.device("cuda")
+CONFIG = tiny()
+IMAGES = np.zeros((64, 3, 8, 8), np.uint8)
+
+
+class Copies(TorchDispatchMode):
+    """Notes every operation that involves two kinds of device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        if len({tensor.device.type for tensor in tensors}) > 1:
+            self.found.append(str(function))
+        return result
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
+    """Inside, "cuda" is a device without values."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device: generator("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            torch.zeros(1, device=CUDA).uniform_()
+        except RuntimeError:  # of CUDA, where there is no driver
+            pytest.skip("this version of PyTorch cannot pretend a GPU")
+        yield monkeypatch
+
+
+def ddpm_on_gpu() -> DDPM:
+    """Its schedule is built with values, before there is none."""
+    with unset_fake_temporarily():
+        ddpm = DDPM(nn.Identity(), CONFIG)
+    ddpm = ddpm.to(CUDA)
+    with CUDA:
+        ddpm.model = UNet(CONFIG)
+    return ddpm
+
+
+def batches_on_gpu(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> Batches:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, free_bytes))
+    return Batches(IMAGES, CONFIG, CUDA)
+
+
+def test_copies_and_read_values_are_seen(gpu):
+    with Copies() as copies:
+        torch.zeros(3).to(CUDA)
+        torch.zeros(3, device=CUDA).copy_(torch.zeros(3))
+        torch.tensor(0.5).to(CUDA)
+    assert len(copies.found) == 3
+    with pytest.raises(DataDependentOutputException):
+        torch.zeros((), device=CUDA).item()
+
+
+def test_the_order_goes_to_the_gpu_once_per_epoch(gpu):
+    batches = batches_on_gpu(gpu, free_bytes=10**9)
+    assert batches.images.device.type == "cuda"
+    copies_per_step = []
+    for step in range(40):
+        with Copies() as copies:
+            batch = batches(step * CONFIG.batch_size)
+        assert batch.device.type == "cuda"
+        assert batch.shape == (4, 3, 8, 8)
+        copies_per_step.append(len(copies.found))
+    # 64 images are 16 steps.
+    assert copies_per_step == [1, *[0] * 15, 1, *[0] * 15, 1, *[0] * 7]
+
+
+def test_what_does_not_fit_is_copied_from_pinned_memory_without_waiting(gpu):
+    pinned, waited = [], []
+    to = torch.Tensor.to
+
+    def pin_memory(self):
+        pinned.append(self.shape)
+        return self
+
+    def noted_to(self, *args, non_blocking=False, **kwargs):
+        waited.append(not non_blocking)
+        return to(self, *args, non_blocking=non_blocking, **kwargs)
+
+    batches = batches_on_gpu(gpu, free_bytes=0)
+    assert isinstance(batches.images, np.ndarray)
+    gpu.setattr(torch.Tensor, "pin_memory", pin_memory)
+    gpu.setattr(torch.Tensor, "to", noted_to)
+    assert batches(0).device.type == "cuda"
+    assert pinned == [(4, 3, 8, 8)]
+    assert waited == [False]
+
+
+def test_a_training_step_copies_nothing(gpu):
+    batches = batches_on_gpu(gpu, free_bytes=10**9)
+    ddpm = ddpm_on_gpu()
+    metrics = Metrics(CONFIG.timesteps, CUDA)
+    batches(0)
+    with Copies() as copies:
+        x_start = mirror_half(batches(4))
+        losses, t = ddpm.training_losses(x_start)
+        losses = losses.detach()
+        metrics.add(losses, t, losses.norm())
+    assert losses.device.type == "cuda"
+    assert copies.found == []
+
+
+@pytest.mark.parametrize("steps", [None, 10])
+def test_a_chain_copies_nothing(steps, gpu):
+    ddpm = ddpm_on_gpu()
+    noise = ImageNoise(0, range(2), (3, 8, 8), CUDA)
+    with Copies() as copies:
+        x = ddpm.sample(noise.next(), steps, noise=noise)
+    assert x.device.type == "cuda"
+    assert copies.found == []
+
+
+def test_mixing_two_noises_copies_nothing(gpu):
+    a, b = torch.randn(2, 1, 3, 8, 8, device=CUDA)
+    fractions = torch.linspace(0, 1, 5, device=CUDA).view(-1, 1, 1, 1)
+    with Copies() as copies:
+        assert slerp(a, b, fractions).shape == (5, 3, 8, 8)
+    assert copies.found == []
+
+
+def test_the_likelihood_copies_nothing(gpu):
+    ddpm = ddpm_on_gpu()
+    x_start = torch.zeros(2, 3, 8, 8, device=CUDA)
+    with Copies() as copies:
+        bits_per_dim(ddpm, x_start)
+    assert copies.found == []
