@@ -83,6 +83,8 @@ class Config:
             self.check_field(f.name, f.default, **f.metadata)
 
         self.require("data", self.data != "", "name a data set or a folder, for example cifar10")
+        is_text = self.run_dir.isprintable()  # PyTorch reads no file of another name
+        self.require("run_dir", is_text, "its name must be printable UTF-8, for example runs/mine")
         self.require("dim_mults", len(self.dim_mults) > 0, "give at least one factor: 1 2 4 8")
         self.require("dim", self.dim % 2 == 0, "it must be even, for example 64")
         self.check_levels()
@@ -139,6 +141,10 @@ class Config:
         enough = int(self.beta_end * 1000) + 1
         self.require("beta_end", last < 1, f"with timesteps={self.timesteps} it becomes {last:.3g},"
                      f" not below 1: use --timesteps {enough} or more, or --beta_schedule cosine")
+        # Of the image exp(-sum) is left; 0.02 leaves exp(-10), and exp(-88) is 0 in float32.
+        sum_of_betas = 1000 * (self.beta_start + self.beta_end) / 2
+        self.require("beta_end", sum_of_betas <= 60,
+                     "it leaves nothing of the image long before t = T: use 0.02")
 
 
 def level_sizes(image_size: int, dim_mults: tuple[int, ...]) -> list[int]:

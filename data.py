@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -207,7 +208,7 @@ def load_folder(folder: Path, data_dir: Path, size: int, channels: int) -> np.nd
 def images_below(folder: Path) -> Iterator[Path]:
     """The image files in folder and its sub-folders, links to folders too."""
     entered = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=raise_error):
         real = os.path.realpath(parent)
         if real in entered:  # a link that leads back
             folders.clear()
@@ -219,8 +220,15 @@ def images_below(folder: Path) -> Iterator[Path]:
                 yield path
 
 
+def raise_error(error: OSError) -> NoReturn:
+    """Of a sub-folder that cannot be read, which os.walk would leave out without a word."""
+    raise error
+
+
 def read_cache(cache: Path, num_paths: int, size: int, channels: int) -> np.ndarray:
     """What decode_folder wrote: the pixels, then a byte per path, 1 where it could be read."""
+    if not cache.is_file():  # opening a pipe would wait for ever
+        raise FileNotFoundError(cache)
     content = np.memmap(cache, np.uint8, "r")
     pixels, readable = content[:-num_paths], content[-num_paths:]
     images = pixels.reshape(-1, channels, size, size)

@@ -234,10 +234,15 @@ def load_made_before(folder: Path, data: Config) -> np.ndarray:
     """
     size = data.image_size
     for path in images_below(folder):
-        with Image.open(path) as image:
-            if image.size != (size, size):
-                raise UserError(f"{path} is {image.width} x {image.height}, not {size} x {size} as "
-                                "what it is compared with")
+        try:
+            with Image.open(path) as image:
+                width, height = image.size
+        except Exception as error:  # a damaged file can raise anything
+            reason = one_line(error)[:200]
+            raise UserError(f"{path} cannot be read as an image: {reason}") from error
+        if (width, height) != (size, size):
+            raise UserError(f"{path} is {width} x {height}, not {size} x {size} as what it is "
+                            "compared with")
     return load_folder(folder, Path(data.data_dir), size, data.channels)
 
 

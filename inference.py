@@ -36,7 +36,14 @@ from utils.device import (
     select_precision,
     start_processes,
 )
-from utils.files import atomic_write, make_writable, remove_left_overs, save_png, write_json
+from utils.files import (
+    atomic_write,
+    locked,
+    make_writable,
+    remove_left_overs,
+    save_png,
+    write_json,
+)
 from utils.randomness import ImageNoise
 
 RECORD = "sampled_with.json"  # in the folder of --save_images
@@ -167,7 +174,12 @@ def claim_folder(sampler: Sampler, folder: Path, count: int) -> None:
 
     Raises UserError where it is in use for others, before anything in it is touched.
     """
-    origin = sampler.origin()
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        check_folder(sampler.origin(), folder, count)
+
+
+def check_folder(origin: dict[str, Any], folder: Path, count: int) -> None:
     record = folder / RECORD
     written = read_record(folder)
     pictures = list(folder.glob("*.png"))
@@ -182,7 +194,6 @@ def claim_folder(sampler: Sampler, folder: Path, count: int) -> None:
     if beyond:
         raise UserError(f"{folder} holds {len(beyond)} images beyond num_samples={count}, such as "
                         f"{min(beyond)}: choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     remove_left_overs(folder, r"\d{6,}\.png|sampled_with\.json", seconds=3600)
     if written == {}:
         write_json(record, origin)
@@ -191,7 +202,7 @@ def claim_folder(sampler: Sampler, folder: Path, count: int) -> None:
 def read_record(folder: Path) -> dict[str, Any]:
     """What the images in the folder were sampled with; {} where that is not written there."""
     record = folder / RECORD
-    if not record.exists():
+    if not record.is_file():
         return {}
     try:
         written = json.loads(record.read_text())

@@ -28,12 +28,13 @@ from utils.checkpoint import (
     checkpoints_of,
     claimed,
     is_finite,
+    is_of_step,
     latest_path,
     open_run,
     resumed_config,
     save_checkpoint,
 )
-from utils.cli import CommandLine, StopSignal, UserError, progress_bar, run
+from utils.cli import CommandLine, StopSignal, UserError, progress_bar, run, warn
 from utils.device import (
     autocast,
     first_process_first,
@@ -138,7 +139,8 @@ def train(
     if rank == 0:
         print(describe(config, state, images.shape, total_steps, device, precision, world_size))
     final = checkpoints_of(run_dir) / "final_model.pth"
-    if first_step == total_steps and final.exists():
+    is_finished = first_step == total_steps and is_of_step(final, total_steps)
+    if is_finished and not grid_is_due(config, first_step, first_step):
         if rank == 0:
             print(f"already finished: {final}")
         return 0
@@ -303,19 +305,24 @@ def main(argv: list[str] | None = None) -> int:
                         help="write the metrics to run_dir/tensorboard too")
     parser.add_settings()
     args = parser.parse_args(argv)
-    config = parser.config(args)
+    run_dir = parser.settings(args).get("run_dir", Config.run_dir)
 
     rank, world_size = start_processes()
-    saved = from_first_process(lambda: open_run(config.run_dir, args.resume))
+    saved = from_first_process(lambda: open_run(run_dir, args.resume))
     if saved:
-        given = parser.given_settings(args)
-        config = resumed_config(given, config.run_dir, saved, say=rank == 0)
+        config = resumed_config(parser.given_settings(args), run_dir, saved, say=rank == 0)
+    else:
+        config = parser.config(args)
     parts = world_size * config.grad_accum
     if config.batch_size % parts:
         raise UserError(
             f"batch_size={config.batch_size} does not divide among {world_size} processes with "
             f"grad_accum={config.grad_accum}: use a multiple of {parts}")
-    with claimed(Path(config.run_dir), saved) if rank == 0 else nullcontext():
+    samples = Path(run_dir).resolve() / "samples"
+    if Path(config.data).is_dir() and Path(config.data).resolve() in samples.parents:
+        warn(f"the grids of {run_dir} will be among the images of {config.data}: choose another "
+             "--run_dir")
+    with claimed(Path(run_dir), saved) if rank == 0 else nullcontext():
         return train(config, saved, args.tensorboard, rank, world_size)
 
 

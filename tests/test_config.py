@@ -69,6 +69,8 @@ def test_digits_are_never_mirrored():  # a flip is right for photographs and wro
     ("timesteps", 1, "2"),
     ("beta_schedule", "quadratic", "cosine"),
     ("beta_start", 0.5, "beta_end"),
+    ("beta_end", 0.9, "nothing of the image"),
+    ("run_dir", "caf\udce9", "UTF-8"),
     ("variance", "learned", "fixed_small"),
     ("batch_size", 0, "at least 1"),
     ("batch_size", -4, "at least 1"),

@@ -394,6 +394,20 @@ def test_resized_and_centre_cropped():
 
 # Downloads
 
+def test_a_sub_folder_that_cannot_be_read_is_not_left_out_without_a_word(folder, monkeypatch):
+    scandir = os.scandir
+    (folder / "locked").mkdir()
+
+    def refusing(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refusing)
+    with pytest.raises(PermissionError, match="locked"):
+        load_images(config_of(folder))
+
+
 @pytest.mark.parametrize(("name", "archive"), [
     ("cifar10", "cifar-10-python.tar.gz"), ("mnist", "MNIST/raw"),
     ("fashion_mnist", "FashionMNIST/raw")])

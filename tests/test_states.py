@@ -11,7 +11,7 @@ import torch
 from helpers import called, command, latest, metrics_rows, refused, script, succeeded
 
 from config import Config
-from utils.checkpoint import TrainingState
+from utils.checkpoint import TrainingState, load_checkpoint
 
 SHORT = {"max_steps": 4, "log_every": 2, "sample_every": 0, "save_every": 0}
 
@@ -121,8 +121,13 @@ def without_the_length_of_the_chain(content: dict) -> None:
     del content["config"]["timesteps"]
 
 
+def with_a_tensor_among_the_settings(content: dict) -> None:
+    content["config"]["image_size"] = torch.zeros(2)
+
+
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
-@pytest.mark.parametrize("tamper", [as_a_sparse_tensor, without_the_length_of_the_chain])
+@pytest.mark.parametrize("tamper", [
+    as_a_sparse_tensor, without_the_length_of_the_chain, with_a_tensor_among_the_settings])
 def test_what_would_be_another_state_in_silence_is_refused(tamper, state, tmp_path):
     test_a_state_that_does_not_fit_is_refused_in_one_line(tamper, state, tmp_path)
 
@@ -166,6 +171,13 @@ def test_a_run_that_went_on_while_it_was_read_is_not_set_back(pictures, tmp_path
     assert latest(run)["step"] == 4
 
 
+def test_a_flag_that_fits_the_run_though_not_the_defaults(pictures, tmp_path):
+    succeeded(train(tmp_path / "run", **{**pictures, "batch_size": 6, "max_steps": 1}))
+    line = ["--resume", "--run_dir", "run", "--grad_accum", "3", "--max_steps", "2"]
+    succeeded(called("train.py", *line, cwd=tmp_path))
+    assert latest(tmp_path / "run")["images_seen"] == 12
+
+
 # Numbers that are not finite
 
 def test_weights_that_are_not_finite_are_never_saved(pictures, tmp_path):
@@ -190,6 +202,27 @@ def test_sampling_from_weights_that_are_not_finite_is_refused(mode, state, tmp_p
 
 
 # What is said to be written is there
+
+@pytest.mark.parametrize("damage", [
+    lambda path, older: path.write_bytes(older), lambda path, older: path.write_bytes(b"half")])
+def test_an_older_or_damaged_final_model_is_written_anew(damage, pictures, tmp_path):
+    run = tmp_path / "run"
+    final = run / "checkpoints/final_model.pth"
+    succeeded(train(run, **{**pictures, "max_steps": 1}))
+    older = final.read_bytes()
+    succeeded(train(run, "--resume", **{**pictures, "max_steps": 2}))
+    damage(final, older)
+    result = succeeded(train(run, "--resume", **{**pictures, "max_steps": 2}))
+    assert "already finished" not in result.stdout
+    assert load_checkpoint(final)["step"] == 2
+
+
+def test_grids_become_training_data_with_a_warning_alone(pictures, tmp_path):
+    result = succeeded(train(pictures["data"] / "run", **{**pictures, "max_steps": 1}))
+    assert "will be among the images" in result.stderr
+    result = succeeded(train(tmp_path / "run", **{**pictures, "max_steps": 1}))
+    assert "will be among the images" not in result.stderr
+
 
 def test_a_final_model_that_could_not_be_written_is_not_claimed(pictures, tmp_path):
     run = tmp_path / "run"
@@ -247,7 +280,7 @@ def test_a_full_disk_in_inference_is_one_line(checkpoint, tmp_path):
     result = script("inference.py", *line, cwd=tmp_path, preexec_fn=limit)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "error:" in result.stderr.splitlines()[-1]
+    assert "error: outputs/samples.png: File too large" in result.stderr.splitlines()[-1]
     assert not list((tmp_path / "outputs").iterdir())
 
 

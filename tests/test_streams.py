@@ -45,7 +45,7 @@ def test_ctrl_c_of_a_pipeline_saves(pictures, tmp_path):
     process = shell(f"trap : INT; {line}", tmp_path)
     wait_for(run / "metrics.csv", process)
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     assert process.returncode == 130
     assert saved_as_far_as_it_went(run)
 
@@ -55,7 +55,7 @@ def test_a_reader_that_goes_away_costs_nothing(stream, pictures, tmp_path):
     run = tmp_path / "run"
     line = f"{training(run, max_steps=12, **pictures)} {stream} true; exit ${{PIPESTATUS[0]}}"
     process = shell(line, tmp_path)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert "Traceback" not in err
     assert "BrokenPipe" not in err
@@ -66,14 +66,14 @@ def test_a_reader_that_goes_away_costs_nothing(stream, pictures, tmp_path):
 def test_a_full_disk_behind_the_output_costs_nothing(pictures, tmp_path):
     run = tmp_path / "run"
     line = f"{training(run, max_steps=12, **pictures)} > /dev/full 2>&1"
-    assert shell(line, tmp_path).wait(timeout=60) == 0
+    assert shell(line, tmp_path).wait(timeout=180) == 0
     assert latest(run)["step"] == 12
 
 
 def test_closed_streams_cost_nothing(pictures, tmp_path):
     run = tmp_path / "run"
     line = f"{training(run, max_steps=12, **pictures)} >&- 2>&-"
-    assert shell(line, tmp_path).wait(timeout=60) == 0
+    assert shell(line, tmp_path).wait(timeout=180) == 0
     assert latest(run)["step"] == 12
 
 
@@ -82,7 +82,7 @@ def test_the_closed_terminal_saves(pictures, tmp_path):
     process = begin([*python("train.py"), *command(run, **ENDLESS, **pictures)], tmp_path)
     wait_for(run / "metrics.csv", process)
     process.send_signal(signal.SIGHUP)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 129, err
     assert "stopped after" in out
     assert saved_as_far_as_it_went(run)
@@ -114,7 +114,7 @@ def test_a_signal_while_decoding_stops_at_once(number, status, tmp_path):
     time.sleep(0.5)
     process.send_signal(number)
     start = time.monotonic()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert time.monotonic() - start < 30
     assert process.returncode == status
     assert "Traceback" not in err
@@ -127,7 +127,7 @@ def test_inference_that_is_stopped_says_one_line(checkpoint, tmp_path):
     process = begin([*python("inference.py"), *line], tmp_path)
     out = process.stderr.read(20)  # the progress bar: it is at work
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 143, out + err
     assert "Traceback" not in err
     assert "interrupted" in err.splitlines()[-1]
@@ -179,10 +179,11 @@ def test_a_mistake_under_torchrun_is_said_once(mistake, tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert len(said_by_the_scripts(err)) == 1, err
+    assert f'{ROOT}/train.py", line' not in err, err  # no traceback of ours
 
 
 def test_half_of_torchruns_environment_is_no_torchrun(pictures, tmp_path):
     result = subprocess.run(
         [*python("train.py"), *command(tmp_path / "run", max_steps=2, **pictures)], cwd=tmp_path,
-        env=environment(RANK="0"), capture_output=True, text=True, timeout=60)
+        env=environment(RANK="0"), capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr

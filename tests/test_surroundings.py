@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 import subprocess
+import time
 import warnings
 from pathlib import Path
 
@@ -46,6 +48,10 @@ def test_a_folder_with_a_name_as_long_as_can_be(tmp_path):
     succeeded(train(tmp_path / "run", **data, max_steps=2))
 
 
+def test_a_mistake_with_a_line_break_in_it_is_one_line(tmp_path):
+    refused(called("train.py", "--wings\ntwo", cwd=tmp_path), 2, "--wings two")
+
+
 def test_a_warning_is_one_line(capfd):
     warn("two\nlines")
     assert capfd.readouterr().err == "warning: two lines\n"
@@ -59,6 +65,18 @@ def test_a_warning_of_a_library_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("inference.load_network", load)
     result = called("inference.py", "--checkpoint", "x.pth", cwd=tmp_path)
     assert result.stderr.splitlines()[0] == "warning: this is deprecated"
+
+
+def test_of_torchruns_processes_only_the_first_says_that_it_was_interrupted(
+    tmp_path, monkeypatch
+):
+    def interrupted(*arguments) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.open_run", interrupted)
+    monkeypatch.setattr("utils.cli.is_first_process", lambda: False)
+    result = train(tmp_path / "run")
+    assert (result.returncode, result.stderr) == (130, "")
 
 
 # What is no file
@@ -79,6 +97,16 @@ def test_a_pipe_is_no_run_to_resume(tmp_path):
     latest.parent.mkdir(parents=True)
     os.mkfifo(latest)
     refused(train(tmp_path / "run", "--resume"), 1, "not a file")
+
+
+def test_pipes_among_what_a_run_has_written(pictures, tmp_path):
+    run_dir = tmp_path / "run"
+    succeeded(train(run_dir, **pictures, max_steps=1))
+    (cache,) = (tmp_path / "data").iterdir()
+    for path in (cache, run_dir / "metrics.csv"):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    succeeded(train(run_dir, "--resume", **pictures, max_steps=2))
 
 
 @pytest.mark.parametrize("name", ["pipe", "/dev/zero"])
@@ -108,13 +136,16 @@ def test_variables_of_torchrun_that_make_no_sense(name, value, tmp_path, monkeyp
 
 
 def test_waiting_for_processes_that_never_come_can_be_interrupted(tmp_path):
-    variables = environment(**{**TORCHRUN, "RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29512"})
-    process = subprocess.Popen(
-        [*python("train.py"), *command(tmp_path / "run")], cwd=tmp_path, env=variables,
-        stderr=subprocess.PIPE, text=True)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=15)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    with socket.create_server(("127.0.0.1", 0)) as first_process:  # one that never answers
+        port = first_process.getsockname()[1]
+        variables = {**TORCHRUN, "RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+        process = subprocess.Popen(
+            [*python("train.py"), *command(tmp_path / "run")], cwd=tmp_path,
+            env=environment(**variables), stderr=subprocess.PIPE, text=True)
+        first_process.settimeout(100)
+        first_process.accept()
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT
     assert "Traceback" not in err

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from config import Config, level_sizes
 from model import UNet
-from utils.cli import UserError
+from utils.cli import UserError, one_line
 from utils.device import memory_format
 from utils.files import atomic_write, locked, remove_left_overs
 from utils.randomness import derive_seed
@@ -61,11 +61,14 @@ def load_checkpoint(
         raise UserError(f"{path} does not exist: train first, or name another file")
     if not path.is_file():  # opening a pipe would wait for ever
         raise UserError(f"{path} is not a file")
-    if not zipfile.is_zipfile(path):  # which torch.save makes
-        raise UserError(f"{path} is truncated, or not a checkpoint of this project")
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):  # which torch.save makes
+            raise UserError(f"{path} is truncated, or not a checkpoint of this project")
     try:
         check_sums(path, of_tensors=not mmap)
-        content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        with open(path, "rb") as file:  # torch itself opens only names that are text
+            source = path if mmap else file
+            content = torch.load(source, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it holds a pickle that could run code") from error
     except Exception as error:  # a damaged file can raise anything
@@ -104,6 +107,14 @@ def load_network(path: Path, device: torch.device) -> tuple[UNet, Config, int]:
     return model, config, content["step"]
 
 
+def is_of_step(path: Path, step: int) -> bool:
+    """Whether it is a checkpoint of this step, whole as far as that can be seen at once."""
+    try:
+        return load_checkpoint(path, mmap=True)["step"] == step
+    except UserError:
+        return False
+
+
 def read_config(content: dict[str, Any], path: Path) -> Config:
     """The Config in a checkpoint's content; UserError where this version cannot use it."""
     try:
@@ -118,8 +129,9 @@ def read_config(content: dict[str, Any], path: Path) -> Config:
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
         return config
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{path} has a config that this version cannot use: {error}") from error
+    except Exception as error:  # of what a damaged one may raise there is no list
+        reason = one_line(error)[:200]
+        raise UserError(f"{path} has a config that this version cannot use: {reason}") from error
 
 
 def check_alike(value: Any, expected: Any, name: str, path: Path) -> None:
@@ -224,7 +236,7 @@ class TrainingState:
         if content["step"] == 0:
             return  # nothing is trained yet, and the first weights follow from the seed
         # Where the images were not counted, the batch size has never changed.
-        images_seen = content["step"] * content["config"]["batch_size"]
+        images_seen = content["step"] * read_config(content, path).batch_size
         content.setdefault("images_seen", images_seen)
         expected = self.state_dict()
         if not content["scaler"] or not self.scaler.is_enabled():

@@ -78,7 +78,8 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if not is_first_process():
             sys.exit(2)  # every process of torchrun has the same command line: rank 0 says it
-        self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
+        line = one_line(f"{self.prog}: error: {message} (--help lists every flag)")
+        self.exit(2, f"{line}\n")
 
     def add_number(
         self, flag: str, kind: type, help: str, least: float, most: float = 1e9,
@@ -129,11 +130,15 @@ class CommandLine(argparse.ArgumentParser):
         names = {f.name for f in fields(Config)}
         return {name: value for name, value in vars(args).items() if name in names}
 
-    def config(self, args: argparse.Namespace) -> Config:
-        """The Config of the preset and the flags; ends the script where it is impossible."""
+    def settings(self, args: argparse.Namespace) -> dict[str, Any]:
+        """Those of the preset and the flags."""
         preset = PRESETS.get(getattr(args, "preset", ""), {})
+        return {**preset, **self.given_settings(args)}
+
+    def config(self, args: argparse.Namespace) -> Config:
+        """The Config that they make; ends the script where it is impossible."""
         try:
-            return Config(**{**preset, **self.given_settings(args)})
+            return Config(**self.settings(args))
         except ValueError as error:
             self.error(str(error))
 
@@ -262,10 +267,13 @@ def run(main: Callable[[], int]) -> NoReturn:
         problem = describe_os_error(error)
     except (torch.OutOfMemoryError, MemoryError):
         problem = OUT_OF_MEMORY
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # the CPU's allocator has no type of its own
+    except RuntimeError as error:  # these two have no types of their own
+        if "can't allocate memory" in str(error):
+            problem = OUT_OF_MEMORY
+        elif dist.is_initialized() and "onnection" in str(error):
+            problem = PROCESS_ENDED
+        else:
             raise
-        problem = OUT_OF_MEMORY
     except KeyboardInterrupt:
         status, problem = 128 + signal.SIGINT, INTERRUPTED
     except Interrupted as error:
@@ -273,6 +281,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if not is_first_process() and problem in (INTERRUPTED, PROCESS_ENDED):
+        problem = ""
     if problem:
         if not is_first_process():
             # Rank 0 has most likely said the same, and torchrun is about to end this process.
@@ -285,6 +295,7 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 INTERRUPTED = "interrupted: what was not finished is not kept"
+PROCESS_ENDED = "another process has ended"
 OUT_OF_MEMORY = ("out of memory: lower --batch_size, or to train, raise --grad_accum or lower "
                  "--dim or --image_size")
 

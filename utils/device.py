@@ -193,7 +193,7 @@ def start_processes() -> tuple[int, int]:
             store = dist.PrefixStore(f"restart {restart}", store)
             dist.init_process_group(
                 store=store, rank=rank, world_size=world_size, timeout=patience)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         reason = one_line(error)[:200]
         raise UserError("the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of "
                         f"do not meet ({reason}): start with torchrun, or unset these") from error

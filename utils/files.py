@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,8 +38,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a write that fails does not know of which file
         raise
 
 
@@ -51,9 +53,10 @@ def remove_left_overs(folder: Path, names: str, seconds: float = 0) -> None:
     made_here = re.compile(rf"({names})\.[0-9a-f]{{8}}\.tmp")
     for path in folder.iterdir():
         if made_here.fullmatch(path.name) and path.is_file():
-            age = time.time() - path.stat().st_mtime
-            if age >= seconds:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # its writer has just finished
+                age = time.time() - path.stat().st_mtime
+                if age >= seconds:
+                    path.unlink()
 
 
 def make_writable(path: Path) -> None:

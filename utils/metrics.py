@@ -5,6 +5,7 @@
 """
 
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class MetricsFile:
     def __init__(self, path: Path, step: int, tensorboard: bool, writer: PatientWriter) -> None:
         self.path = path
         self.writer = writer
-        self.lines = read_rows(path, step) if path.exists() else []
+        self.lines = read_rows(path, step) if path.is_file() else []
         self.tensorboard = open_tensorboard(path.parent, step) if tensorboard else None
 
     def write_row(self, row: dict[str, float]) -> None:
@@ -118,7 +119,8 @@ def read_rows(path: Path, step: int) -> list[str]:
     for number, line in enumerate(lines, start=1):
         values = line.split(",")
         is_header = number == 1 and values == list(COLUMNS)
-        is_row = number > 1 and len(values) == len(COLUMNS) and values[0].isdigit()
+        is_number = re.fullmatch("[0-9]{1,10}", values[0])
+        is_row = number > 1 and len(values) == len(COLUMNS) and is_number
         if not is_header and not is_row:
             raise UserError(f"{path} has been changed: line {number} is not as this project writes "
                             "it; mend that, or move the file away")
