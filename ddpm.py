@@ -21,8 +21,8 @@ from config import Config
 
 Noise = Callable[[int], Tensor]  # called with t -> standard normal noise like x_t
 
-# The defaults of fewer steps: best where they were measured (README, "Few steps").
-ETA, ORDER, SPACING = 1.0, 2, "uniform"
+# The defaults of fewer steps: best where they were measured (docs/speed.md).
+ETA, ORDER, SPACING = 1.0, 2, "quadratic"
 
 
 def linear_beta_schedule(timesteps: int, start: float = 1e-4, end: float = 0.02) -> Tensor:

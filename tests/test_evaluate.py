@@ -441,7 +441,7 @@ def test_fid_of_generated_images(checkpoint, inception, tmp_path, monkeypatch):
     assert math.isfinite(chain["fid"])
     assert chain["fid"] > 0
     ddim = fields(checkpoint, tmp_path, *common, "--steps", 3, "--batch_size", 2)
-    assert ddim["sampler"] == "order 2, eta 1, uniform spacing, 3 of 30 steps, seed 0, fp32"
+    assert ddim["sampler"] == "order 2, eta 1, quadratic spacing, 3 of 30 steps, seed 0, fp32"
     assert ddim["fid"] != chain["fid"]
 
 

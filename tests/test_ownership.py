@@ -93,13 +93,17 @@ def with_empty_columns(lines: list[str]) -> bytes:
     return "\n".join([lines[0], *(f"{line},," for line in lines[1:])]).encode()
 
 
+def with_a_raised_number(lines: list[str]) -> bytes:
+    return "\n".join([*lines[:-1], lines[-1].replace("4", "\N{SUPERSCRIPT TWO}", 1)]).encode()
+
+
 def with_a_note(lines: list[str]) -> bytes:
     return "\n".join([*lines[:2], "here I lowered the rate", *lines[2:]]).encode()
 
 
 @pytest.mark.parametrize("change", [
     in_another_encoding, with_another_column, without_the_last_column, with_empty_columns,
-    with_a_note])
+    with_a_raised_number, with_a_note])
 def test_metrics_that_were_changed_are_refused_not_lost(change, pictures, tmp_path):
     succeeded(train(tmp_path / "run", **{**pictures, "max_steps": 4}))
     path = tmp_path / "run/metrics.csv"
@@ -228,6 +232,6 @@ def test_a_damaged_record_is_one_line(record, checkpoint, tmp_path):
 def test_the_record_says_what_made_the_images(checkpoint, tmp_path):
     succeeded(save_images(checkpoint, tmp_path / "out"))
     record = json.loads((tmp_path / "out/sampled_with.json").read_text())
-    assert record["sampler"] == "order 2, eta 1, uniform spacing, 2 of 30 steps"
+    assert record["sampler"] == "order 2, eta 1, quadratic spacing, 2 of 30 steps"
     assert record["seed"] == 0
     assert len(record["network"]) == 16

@@ -1,4 +1,4 @@
-"""The front page: both languages say the same, and what they say is there."""
+"""The pages: both languages say the same, and what they say is there."""
 
 import ast
 import contextlib
@@ -12,10 +12,13 @@ from helpers import ROOT
 
 from config import Config
 
+PAIRS = [
+    ("README.md", "README.zh-CN.md"),
+    ("docs/derivation.md", "docs/derivation.zh-CN.md"),
+]
+PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 ENGLISH = (ROOT / "README.md").read_text()
-CHINESE = (ROOT / "README.zh-CN.md").read_text()
-COMMAND = re.compile(r"^(python|torchrun|pip|pytest|ruff) ")
-SHELL = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+COMMAND = re.compile(r"^(python|torchrun|pip|hf|pytest|ruff) ")
 BLOCK = re.compile(r"```.*?```", re.DOTALL)
 SCRIPTS = {
     "train.py": "train",
@@ -23,6 +26,7 @@ SCRIPTS = {
     "evaluate.py": "evaluate",
     "tools.convert": "tools.convert",
     "tools.bench": "tools.bench",
+    "tools.shape_checker": "tools.shape_checker",
 }
 
 
@@ -30,66 +34,98 @@ def headings(text: str) -> list[str]:
     return re.findall(r"^#+ .+$", BLOCK.sub("", text), flags=re.MULTILINE)
 
 
-def without_comments(line: str) -> str:
-    return re.sub(r" +# .*", "", line)
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def without_comments(text: str) -> str:
+    return re.sub(r" +# .*", "", text)
 
 
 def commands(text: str) -> list[str]:
     """The lines of the shell blocks, without their comments."""
-    blocks = SHELL.findall(text)
-    return [without_comments(line) for block in blocks for line in block.splitlines()]
+    return without_comments("".join(blocks(text, "bash"))).splitlines()
 
 
 def sections(text: str) -> list[str]:
-    """What stands under each heading, without the comments in shell blocks."""
-    lines = [without_comments(line) if COMMAND.match(line) else line for line in text.splitlines()]
-    return re.split(r"(?m)^#+ .+$", "\n".join(lines))[1:]
+    """What stands under each heading, the code without its comments."""
+    text = BLOCK.sub(lambda block: without_comments(block[0]), text)
+    return re.split(r"(?m)^#+ .+$", text)[1:]
+
+
+def links(text: str) -> list[str]:
+    """Of pictures too; what both languages share: not those from one language to the other."""
+    found = re.findall(r"\]\(([^)#]+)", text)
+    return sorted(link for link in found if not re.search(r"README|derivation", link))
 
 
 def figures(text: str) -> list[str]:
-    """Every number, of prose, tables and formulas."""
+    """Every number, of prose, tables, code and formulas."""
     return sorted(re.findall(r"\d+(?:[.,]\d+)*", text))
 
 
-def rows(text: str, heading: str) -> list[list[str]]:
-    """The cells of the tables under that heading of the English page."""
-    section = sections(text)[headings(ENGLISH).index(heading)]
-    lines = [line for line in section.splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+def rows(text: str, column: str) -> list[list[str]]:
+    """The cells of the table whose first column is called so, without its heading."""
+    table = re.search(rf"^\| {column} \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)[1]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
 
 
-def test_both_languages_have_the_same_headings():
-    english, chinese = (
-        [heading.split()[0] for heading in headings(text)] for text in (ENGLISH, CHINESE))
-    assert english == chinese
-    assert len(english) > 15
+def pairs_of_sections() -> list[tuple[str, str, str]]:
+    found = []
+    for names in PAIRS:
+        english, chinese = ((ROOT / name).read_text() for name in names)
+        for heading, *both in zip(
+                headings(english), sections(english), sections(chinese), strict=True):
+            found.append(pytest.param(*both, id=heading))
+    return found
 
 
-@pytest.mark.parametrize("number", range(len(headings(ENGLISH))))
-def test_both_languages_say_the_same(number):
-    english, chinese = sections(ENGLISH)[number], sections(CHINESE)[number]
+@pytest.mark.parametrize("names", PAIRS)
+def test_both_languages_have_the_same_headings(names):
+    english, chinese = (headings((ROOT / name).read_text()) for name in names)
+    assert [line.split()[0] for line in english] == [line.split()[0] for line in chinese]
+    assert len(english) > 10
+
+
+@pytest.mark.parametrize(("english", "chinese"), pairs_of_sections())
+def test_both_languages_say_the_same(english, chinese):
     assert commands(english) == commands(chinese)
+    assert blocks(english, "math") == blocks(chinese, "math")
     assert figures(english) == figures(chinese)
-    formulas, code, inline = r"(?s)```math\n(.*?)```", r"`([^`\n]+)`", r"\$([^$\n]+)\$"
-    for pattern in (formulas, code, inline):
-        found = [sorted(re.findall(pattern, SHELL.sub("", text))) for text in (english, chinese)]
-        assert found[0] == found[1]
-    links = [re.findall(r"\]\(([^)#]+)\)", text) for text in (english, chinese)]
-    links = [sorted(link for link in found if "README" not in link) for found in links]
-    assert links[0] == links[1]
+    assert links(english) == links(chinese)
 
 
-@pytest.mark.parametrize("text", [ENGLISH, CHINESE])
-def test_links_lead_somewhere(text):
-    anchors = set()
-    for heading in headings(text):
-        words = re.sub(r"[^\w -]", "", heading.lstrip("# ")).strip().lower()
-        anchors.add(words.replace(" ", "-"))
-    for link in re.findall(r"\]\(([^)]+)\)", text):
-        if link.startswith("#"):
-            assert link[1:] in anchors, link
-        elif not link.startswith("http"):
-            assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text()):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+def anchors(text: str) -> set[str]:
+    words = [re.sub(r"[^\w -]", "", line.lstrip("# ")).strip().lower() for line in headings(text)]
+    return {word.replace(" ", "-") for word in words}
+
+
+def test_every_picture_is_shown_and_small():
+    shown = "".join((ROOT / name).read_text() for name in PAGES)
+    for path in ROOT.glob("assets/*"):
+        assert path.name in shown
+        assert path.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_figure_is_still_to_be_measured(name):
+    assert "@@" not in (ROOT / name).read_text()
+
+
+def test_the_front_page_is_short():
+    assert len(ENGLISH.split()) <= 1900
 
 
 @pytest.fixture(scope="module")
@@ -105,34 +141,56 @@ def flags() -> dict[str, set[str]]:
 
 def test_every_flag_of_every_command_exists(flags):
     seen = 0
-    for line in commands(ENGLISH):
-        script = re.search(r"\w+\.py\b|tools\.\w+", line)
-        if script is None:
-            assert COMMAND.match(line), line
-            continue
-        for flag in re.findall(r"--[\w-]+", line[script.end():]):
-            assert flag in flags[script[0]], line
-            seen += 1
-    assert seen > 20
-    mentioned = set(re.findall(r"`(--[\w-]+)", BLOCK.sub("", ENGLISH)))
+    for line in [line for name in PAGES for line in commands((ROOT / name).read_text())]:
+        for command in line.split(" && "):
+            assert COMMAND.match(command), line
+            script = re.search(r"\w+\.py\b|tools\.\w+", command)
+            if script is None:
+                continue
+            for flag in re.findall(r"--[\w-]+", command[script.end():]):
+                assert flag in flags[script[0]], line
+                seen += 1
+    assert seen > 40
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_flag_in_the_text_exists(name, flags):
+    text = BLOCK.sub("", (ROOT / name).read_text())
+    mentioned = {flag for code in re.findall(r"`([^`]+)`", text)
+                 for flag in re.findall(r"--[\w-]+", code)}
     of_torchrun = {"--max-restarts"}
     assert mentioned <= set.union(of_torchrun, *flags.values())
 
 
-def test_the_table_of_settings_is_config_py():
-    expected = {}
-    for f in fields(Config):
+def test_the_settings_are_those_of_config_py():
+    known = {f.name: f for f in fields(Config)}
+    for name, default, told in rows(ENGLISH, "setting"):
+        f = known[name.strip("`")]
         is_tuple = isinstance(f.default, tuple)
-        expected[f.name] = " ".join(map(str, f.default)) if is_tuple else str(f.default)
-    for text in (ENGLISH, CHINESE):
-        table = rows(text, "## Configuration")[1:]
-        assert {row[0].strip("`"): row[1].strip("`") for row in table} == expected
-    told = [row[2] for row in rows(ENGLISH, "## Configuration")[1:]]
-    assert told == [f.metadata["help"] for f in fields(Config)]
+        expected = " ".join(map(str, f.default)) if is_tuple else str(f.default)
+        assert (default.strip("`"), told) == (expected, f.metadata["help"])
+    chinese = rows((ROOT / "README.zh-CN.md").read_text(), "设置")
+    assert [row[:2] for row in chinese] == [row[:2] for row in rows(ENGLISH, "setting")]
+
+
+def test_the_python_of_the_front_page_runs():
+    """And says of the loss what is so."""
+    for name in ("README.md", "README.zh-CN.md"):
+        (code,) = blocks((ROOT / name).read_text(), "python")
+        found = {}
+        exec(code, found)
+        assert found["images"].shape == (8, 3, 16, 16)
+        assert 0.9 < found["loss"].item() < 1.1
+
+
+def test_the_needed_version_is_that_of_requirements_txt():
+    (version,) = re.findall(r"^torch>=(\S+)$", (ROOT / "requirements.txt").read_text(), re.M)
+    for name in ("README.md", "README.zh-CN.md"):
+        assert f"PyTorch {version} " in (ROOT / name).read_text()
 
 
 def test_every_equation_is_where_the_table_says():
-    table = rows(ENGLISH, "## The paper in this code")[1:]
+    table = rows(ENGLISH, "in the paper")
     label = re.compile(r"Eq\. \d+(?:-\d+)?|Algorithm \d|appendix B|\d{4}\.\d{5}|and \d+")
     for paper, _, code in table:
         name, file = re.fullmatch(r"\[([\w.]+)\]\((\w+\.py)\)", code).groups()
@@ -145,3 +203,5 @@ def test_every_equation_is_where_the_table_says():
     of_the_paper = [row[0] for row in table if "." not in row[0].split("Eq.")[0]]
     numbers = {int(n) for cell in of_the_paper for n in re.findall(r"Eq\. (\d+)", cell)}
     assert {2, 4, 5, 6, 8, 11, 12, 13, 14, 15} <= numbers
+    chinese = rows((ROOT / "README.zh-CN.md").read_text(), "论文")
+    assert [row[2] for row in chinese] == [row[2] for row in table]

@@ -1,0 +1,43 @@
+"""docs/figures.py: the figures are drawn, from what training leaves behind."""
+
+import os
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from helpers import coloured_pictures, random_unet, script, succeeded, tiny
+from PIL import Image
+
+from utils.checkpoint import save_checkpoint
+from utils.files import PatientWriter
+from utils.metrics import COLUMNS, MetricsFile
+
+pytest.importorskip("matplotlib")
+
+
+def test_every_figure_is_drawn(tmp_path):
+    config = tiny(timesteps=60)
+    checkpoints = [tmp_path / "1.pth", tmp_path / "2.pth"]
+    for step, path in enumerate(checkpoints, start=1):
+        weights = random_unet(config).state_dict()
+        save_checkpoint({"config": asdict(config), "step": step, "ema": weights}, path)
+    metrics = MetricsFile(tmp_path / "metrics.csv", 0, False, PatientWriter())
+    for step in (100, 200):
+        losses = {f"loss_q{i}": 1 / (step * i) for i in range(1, 5)}
+        row = dict.fromkeys(COLUMNS, 0.5)
+        metrics.write_row({**row, "step": step, "loss": 1 / step, **losses})
+    picture = min(coloured_pictures(tmp_path / "pictures").iterdir())
+
+    out = tmp_path / "assets"
+    without_path = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    succeeded(script(
+        "docs/figures.py", "--picture", str(picture), "--metrics", str(tmp_path / "metrics.csv"),
+        "--checkpoints", *map(str, checkpoints), "--num_samples", "2", "--output_dir", str(out),
+        "--device", "cpu", env=without_path, cwd=tmp_path))
+    sizes = {}
+    for path in out.iterdir():
+        with Image.open(path) as image:
+            sizes[path.name] = image.size
+            assert len(np.unique(np.asarray(image))) > 50
+    assert sizes.keys() == {"forward.png", "loss.png", "training.png", "steps.png", "clip.png"}
+    assert sizes["steps.png"][1] > sizes["clip.png"][1]  # four rows, and two
