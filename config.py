@@ -61,8 +61,7 @@ class Config:
 
     device: str = setting("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = setting(
-        "auto", "of the network; auto measures and takes bf16 where it is clearly faster; --resume "
-        "keeps what was taken, unless this flag is given",
+        "auto", "of the network; auto: bf16 where it is faster",
         choices=("auto", "fp32", "bf16", "fp16"))
     compile: str = setting("auto", "torch.compile the network", choices=("auto", "on", "off"))
 

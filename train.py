@@ -300,7 +300,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = CommandLine(__doc__, usage)
     parser.add_argument("--resume", action="store_true",
                         help="go on from latest.pth with its settings and the flags given (a "
-                             "preset counts for a new run only), or start where there is none")
+                             "preset counts for a new run only), or start where there is none; "
+                             "the precision that auto took is kept, --precision auto measures anew")
     parser.add_argument("--tensorboard", action="store_true",
                         help="write the metrics to run_dir/tensorboard too")
     parser.add_settings()

@@ -29,7 +29,8 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 
 
 def infer(checkpoint: Path, tmp_path: Path, *arguments):
-    line = ["--checkpoint", str(checkpoint), "--device", "cpu", *map(str, arguments)]
+    line = ["--checkpoint", str(checkpoint), "--device", "cpu", "--precision", "fp32"]
+    line.extend(map(str, arguments))
     return succeeded(called("inference.py", *line, cwd=tmp_path))
 
 

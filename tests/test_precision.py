@@ -181,7 +181,7 @@ def test_a_convolution_is_timed_with_its_gradients_only_for_training(
         assert x.is_contiguous(memory_format=layout)
         assert weight.is_contiguous(memory_format=layout)
         assert grad_is_on == training
-    assert 2 <= len(seen) <= 5
+    assert len(seen) >= 2
     assert len(gradients) == len(seen) * training
     for of_x, of_weight in gradients:
         assert (of_x.shape, of_weight.shape) == ((2, 8, 4, 4), (8, 8, 3, 3))
