@@ -286,7 +286,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     if problem:
         if not is_first_process():
             # Rank 0 has most likely said the same, and torchrun is about to end this process.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
             time.sleep(10)
         line = one_line(f"{Path(sys.argv[0]).name}: error: {problem}")
         print(line, file=sys.stderr, flush=True)
