@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from config import Config
-from utils.cli import UserError, one_line, progress_bar, warn
+from utils.cli import UserError, brief, progress_bar, warn
 from utils.files import atomic_write, remove_left_overs
 from utils.randomness import derive_seed
 
@@ -157,7 +157,7 @@ def download(name: str, data_dir: str, size: int, channels: int, split: str) -> 
     try:
         dataset = getattr(datasets, kind)(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
-        reason = one_line(error)[:200]
+        reason = brief(error)
         raise UserError(
             f"{name} could not be downloaded ({reason}): put {archive} into {data_dir} by hand, "
             "or use --data shapes, which needs no download") from error

@@ -25,7 +25,7 @@ from config import Config
 from data import DOWNLOADS, images_below, load_folder, load_images, to_float
 from ddpm import DDPM, Noise, at, batch_of, evaluating
 from inference import Sampler, add_shared_flags, read_record
-from utils.cli import CommandLine, UserError, one_line, progress_bar, run, under_torchrun
+from utils.cli import CommandLine, UserError, brief, progress_bar, run, under_torchrun
 from utils.device import autocast, maybe_compile
 from utils.files import make_writable, write_json
 from utils.randomness import derive_seed
@@ -238,7 +238,7 @@ def load_made_before(folder: Path, data: Config) -> np.ndarray:
             with Image.open(path) as image:
                 width, height = image.size
         except Exception as error:  # a damaged file can raise anything
-            reason = one_line(error)[:200]
+            reason = brief(error)
             raise UserError(f"{path} cannot be read as an image: {reason}") from error
         if (width, height) != (size, size):
             raise UserError(f"{path} is {width} x {height}, not {size} x {size} as what it is "
@@ -267,7 +267,7 @@ def load_inception(weights: str | None) -> ModuleType:
             torch.load(weights, map_location="cpu", weights_only=True)
         inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
     except Exception as error:  # a download or a damaged file may raise anything
-        reason = one_line(error)[:200]
+        reason = brief(error)
         problem = "they could not be downloaded"
         if weights:
             problem = f"{weights} does not hold them"
@@ -339,13 +339,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         make_writable(args.json)
     sampler = Sampler(args)
-    trained_on = sampler.config
-    data = trained_on
+    given = {"data": args.data, "data_dir": args.data_dir}
+    changes = {name: value for name, value in given.items() if value is not None}
     try:
-        if args.data is not None:
-            data = replace(data, data=args.data)
-        if args.data_dir is not None:
-            data = replace(data, data_dir=args.data_dir)
+        data = replace(sampler.config, **changes)
     except ValueError as error:
         raise UserError(str(error)) from error
     result = METRICS[args.metric](sampler, data, args)

@@ -180,6 +180,7 @@ def claim_folder(sampler: Sampler, folder: Path, count: int) -> None:
 
 
 def check_folder(origin: dict[str, Any], folder: Path, count: int) -> None:
+    """claim_folder, while nobody else does: origin is what makes the images."""
     record = folder / RECORD
     written = read_record(folder)
     pictures = list(folder.glob("*.png"))

@@ -154,6 +154,15 @@ def torchrun(name: str, *arguments: str, options: tuple[str, ...] = ()) -> list[
     return [*line, str(ROOT / name), *map(str, arguments)]
 
 
+def succeeds_under_torchrun(source: str, folder: Path) -> None:
+    """Two processes of this Python code end without an error."""
+    path = folder / "two_processes.py"
+    path.write_text(source)
+    line = torchrun(str(path))
+    succeeded(subprocess.run(
+        line, capture_output=True, text=True, timeout=120, env=environment(), check=False))
+
+
 # What a run leaves behind
 
 def latest(run_dir: Path) -> dict:

@@ -13,12 +13,12 @@ from helpers import (
     coloured_pictures,
     command,
     differing,
-    environment,
     everything,
     latest,
     metrics_rows,
     refused,
     succeeded,
+    succeeds_under_torchrun,
     torchrun,
     wait_for,
 )
@@ -91,11 +91,7 @@ dist.destroy_process_group()
 
 
 def test_the_gradient_is_that_of_the_whole_batch(tmp_path):
-    path = tmp_path / "gradient.py"
-    path.write_text(GRADIENT)
-    line = torchrun(str(path))
-    result = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment())
-    assert result.returncode == 0, result.stderr
+    succeeds_under_torchrun(GRADIENT, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,12 @@ from helpers import (
     TINY,
     called,
     differing,
-    environment,
     everything,
     flags,
     latest,
     succeeded,
+    succeeds_under_torchrun,
     tiny,
-    torchrun,
 )
 
 from config import PRESETS, Config
@@ -94,25 +93,24 @@ def test_an_apple_gpu_is_not_measured(monkeypatch):
 
 CHOICE = """
 import torch
-import torch.distributed as dist
 
 from helpers import tiny
 from utils import device
+from utils.cli import run
 
-dist.init_process_group("gloo")
-device.measure_speedup = lambda *_: 2.0 if dist.get_rank() == 0 else 0.5
-choice = device.select_precision("auto", torch.device("cpu"), tiny(), training=True)
-dist.destroy_process_group()
-assert choice == "bf16", choice
+def main():
+    rank, world_size = device.start_processes()
+    device.measure_speedup = lambda *_: 2.0 if rank == 0 else 0.5
+    choice = device.select_precision("auto", torch.device("cpu"), tiny(), training=True)
+    assert choice == "bf16", choice
+    return 0
+
+run(main)
 """
 
 
 def test_the_first_process_chooses_for_all(tmp_path):
-    path = tmp_path / "choice.py"
-    path.write_text(CHOICE)
-    line = torchrun(str(path))
-    result = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment())
-    assert result.returncode == 0, result.stderr
+    succeeds_under_torchrun(CHOICE, tmp_path)
 
 
 # The measurement

@@ -23,7 +23,7 @@ import torch
 from config import Config, level_sizes
 from model import ResBlock, UNet
 from utils.checkpoint import load_network, save_checkpoint
-from utils.cli import CommandLine, UserError, one_line, run
+from utils.cli import CommandLine, UserError, brief, run
 
 # Our layer name -> diffusers' name(s); qkv is one layer here and three there.
 OUTER_LAYERS = {
@@ -172,7 +172,7 @@ def read_settings(kind: type, folder: Path) -> dict[str, Any]:
         settings = kind.load_config(str(folder), local_files_only=True)
         name = settings.get("_class_name")
     except Exception as error:  # of what a damaged file may raise there is no list
-        raise UserError(f"{folder} holds no {kind.__name__}: {one_line(error)[:200]}") from error
+        raise UserError(f"{folder} holds no {kind.__name__}: {brief(error)}") from error
     if name != kind.__name__:
         raise UserError(f"{folder} holds a {name}: only a {kind.__name__} can be converted")
     return {**default_settings(kind), **settings}
@@ -208,7 +208,7 @@ def to_diffusers(path: Path, folder: Path, diffusers: ModuleType) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         if not isinstance(error, Exception):
             raise
-        raise UserError(f"{folder} cannot be written: {one_line(error)[:200]}") from error
+        raise UserError(f"{folder} cannot be written: {brief(error)}") from error
 
 
 def from_diffusers(folder: Path, path: Path, diffusers: ModuleType) -> None:
@@ -229,7 +229,7 @@ def from_diffusers(folder: Path, path: Path, diffusers: ModuleType) -> None:
         config = nearest_config(unet, scheduler)
         our_unet, our_scheduler = unet_settings(config), scheduler_settings(config)
     except Exception as error:
-        raise UserError(f"{folder} cannot be expressed here: {one_line(error)[:200]}") from error
+        raise UserError(f"{folder} cannot be expressed here: {brief(error)}") from error
     refuse_differences(diffusers.UNet2DModel, unet, our_unet)
     refuse_differences(diffusers.DDPMScheduler, scheduler, our_scheduler)
 
@@ -248,10 +248,10 @@ def read_weights(folder: Path, diffusers: ModuleType) -> dict[str, torch.Tensor]
         unet, problems = diffusers.UNet2DModel.from_pretrained(
             str(folder), output_loading_info=True, local_files_only=True)
     except Exception as error:  # of what a damaged file may raise there is no list
-        raise UserError(f"{folder}: its weights cannot be read: {one_line(error)[:200]}") from error
+        raise UserError(f"{folder}: its weights cannot be read: {brief(error)}") from error
     if any(problems.values()):  # diffusers fills what is missing with random numbers
         raise UserError(
-            f"{folder}: its weights are not those of its settings: {one_line(problems)[:200]}")
+            f"{folder}: its weights are not those of its settings: {brief(problems)}")
     return unet.state_dict()
 
 
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         directions[args.direction](args.source, args.target, diffusers)
     except OSError as error:
-        raise UserError(f"{args.target} cannot be written: {one_line(error)[:200]}") from error
+        raise UserError(f"{args.target} cannot be written: {brief(error)}") from error
     print(args.target)
     return 0
 

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from config import Config, level_sizes
 from model import UNet
-from utils.cli import UserError, one_line
+from utils.cli import UserError, brief
 from utils.device import memory_format
 from utils.files import atomic_write, locked, remove_left_overs
 from utils.randomness import derive_seed
@@ -61,31 +61,31 @@ def load_checkpoint(
         raise UserError(f"{path} does not exist: train first, or name another file")
     if not path.is_file():  # opening a pipe would wait for ever
         raise UserError(f"{path} is not a file")
-    with open(path, "rb") as file:
+    with open(path, "rb") as file:  # torch itself opens only names that are text
         if not zipfile.is_zipfile(file):  # which torch.save makes
             raise UserError(f"{path} is truncated, or not a checkpoint of this project")
-    try:
-        check_sums(path, of_tensors=not mmap)
-        with open(path, "rb") as file:  # torch itself opens only names that are text
+        try:
+            check_sums(file, of_tensors=not mmap)
+            file.seek(0)
             source = path if mmap else file
             content = torch.load(source, map_location=device, weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it holds a pickle that could run code") from error
-    except Exception as error:  # a damaged file can raise anything
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path} cannot be read, it is damaged: {reason}") from error
+        except pickle.UnpicklingError as error:
+            raise UserError(f"{path} is refused: it holds a pickle that could run code") from error
+        except Exception as error:  # a damaged file can raise anything
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{path} cannot be read, it is damaged: {reason}") from error
     if not isinstance(content, dict) or not {"config", "step", "ema"} <= content.keys():
         raise UserError(f"{path} is not a checkpoint of this project "
                         "(it lacks config, step or ema)")
     return content
 
 
-def check_sums(path: Path, of_tensors: bool) -> None:
+def check_sums(file: BinaryIO, of_tensors: bool) -> None:
     """Raises BadZipFile where a byte has changed since it was written, which torch.load passes.
 
     of_tensors: of these too, for which the whole file is read.
     """
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         for name in archive.namelist():
             if of_tensors or name.endswith("data.pkl"):
                 archive.read(name)
@@ -130,7 +130,7 @@ def read_config(content: dict[str, Any], path: Path) -> Config:
             raise ValueError(f"it lacks {', '.join(missing)}")
         return config
     except Exception as error:  # of what a damaged one may raise there is no list
-        reason = one_line(error)[:200]
+        reason = brief(error)
         raise UserError(f"{path} has a config that this version cannot use: {reason}") from error
 
 
@@ -235,9 +235,8 @@ class TrainingState:
         check_alike(content["step"], 0, "step", path)
         if content["step"] == 0:
             return  # nothing is trained yet, and the first weights follow from the seed
-        # Where the images were not counted, the batch size has never changed.
-        images_seen = content["step"] * read_config(content, path).batch_size
-        content.setdefault("images_seen", images_seen)
+        if "images_seen" not in content:  # not counted yet: the batch size has never changed
+            content["images_seen"] = content["step"] * read_config(content, path).batch_size
         expected = self.state_dict()
         if not content["scaler"] or not self.scaler.is_enabled():
             content["scaler"] = expected["scaler"]  # the precision has changed

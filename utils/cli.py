@@ -54,6 +54,11 @@ def one_line(message: Any) -> str:
     return " ".join(line.strip() for line in lines if line.strip())
 
 
+def brief(error: Any) -> str:
+    """The beginning of what a library says was wrong."""
+    return one_line(error)[:200]
+
+
 HEADINGS = {  # in --help: the first field of each group of Config
     "data": "data",
     "dim": "network",
@@ -158,6 +163,7 @@ class Interrupted(BaseException):
 
 # The terminal that is closed (SIGHUP, not on Windows) and the machine that goes down.
 END_SIGNALS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+SIGNALS = [signal.SIGINT, *END_SIGNALS]
 
 
 def interrupt(number: int, frame: Any) -> NoReturn:
@@ -173,9 +179,8 @@ def handle(number: int, handler: Any) -> None:
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Inside, a signal ends the process: while PyTorch waits for others, no handler would run."""
-    numbers = (signal.SIGINT, *END_SIGNALS)
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
         handle(number, signal.SIG_DFL)
     try:
         yield
@@ -193,7 +198,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number = 0
-        for number in (signal.SIGINT, *END_SIGNALS):
+        for number in SIGNALS:
             handle(number, self)
 
     def __call__(self, number: int, frame: Any) -> None:
@@ -270,7 +275,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except RuntimeError as error:  # these two have no types of their own
         if "can't allocate memory" in str(error):
             problem = OUT_OF_MEMORY
-        elif dist.is_initialized() and "onnection" in str(error):
+        elif dist.is_initialized() and "connection" in str(error).lower():
             problem = PROCESS_ENDED
         else:
             raise
@@ -280,15 +285,17 @@ def run(main: Callable[[], int]) -> NoReturn:
         status, problem = 128 + error.number, INTERRUPTED
     finally:
         if dist.is_initialized():
+            # Before PyTorch 2.6 destroy_process_group keeps the GIL, and waits for threads of gloo
+            # that may need it once more.
+            time.sleep(0.1)
             dist.destroy_process_group()
-    if not is_first_process() and problem in (INTERRUPTED, PROCESS_ENDED):
-        problem = ""
+    if problem and not is_first_process():
+        if problem in (INTERRUPTED, PROCESS_ENDED):
+            problem = ""
+        else:  # rank 0 has most likely said the same, and torchrun is about to end this process
+            with ended_by_signals():
+                time.sleep(10)
     if problem:
-        if not is_first_process():
-            # Rank 0 has most likely said the same, and torchrun is about to end this process.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)
-            time.sleep(10)
         line = one_line(f"{Path(sys.argv[0]).name}: error: {problem}")
         print(line, file=sys.stderr, flush=True)
     print(end="", flush=True)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from config import Config
-from utils.cli import UserError, ended_by_signals, one_line, under_torchrun, warn
+from utils.cli import UserError, brief, ended_by_signals, under_torchrun, warn
 
 
 def select_device(name: str) -> torch.device:
@@ -172,7 +172,7 @@ def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callabl
     try:
         return torch._dynamo.lookup_backend("inductor")(graph, inputs)
     except Exception as error:  # a compiler that is missing or broken can raise anything
-        reason = one_line(error)[:200]
+        reason = brief(error)
         warn(f"torch.compile failed ({reason}): going on without it")
         return graph.forward
 
@@ -199,7 +199,7 @@ def start_processes() -> tuple[int, int]:
             dist.init_process_group(
                 store=store, rank=rank, world_size=world_size, timeout=patience)
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = one_line(error)[:200]
+        reason = brief(error)
         raise UserError("the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of "
                         f"do not meet ({reason}): start with torchrun, or unset these") from error
     return rank, world_size
