@@ -84,7 +84,9 @@ def exported(model: UNet, config: Config, tmp_path: Path) -> Path:
     """The folder that to_diffusers makes."""
     save(model, config, tmp_path / "ours.pth")
     result = succeeded(to_diffusers(tmp_path))
-    assert result.stderr == ""
+    said = result.stderr.splitlines()
+    said = [line for line in said if "CUDA is not available" not in line]  # PyTorch 2.4 says so
+    assert said == []
     return tmp_path / "theirs"
 
 

@@ -18,7 +18,7 @@ PAIRS = [
 ]
 PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 ENGLISH = (ROOT / "README.md").read_text()
-COMMAND = re.compile(r"^(python|torchrun|pip|hf|pytest|ruff) ")
+COMMAND = re.compile(r"^(python |torchrun |pip |hf |pytest |ruff |\.ci/)")
 BLOCK = re.compile(r"```.*?```", re.DOTALL)
 SCRIPTS = {
     "train.py": "train",

@@ -125,7 +125,8 @@ def test_a_signal_while_decoding_stops_at_once(number, status, tmp_path):
 def test_inference_that_is_stopped_says_one_line(checkpoint, tmp_path):
     line = ["--checkpoint", str(checkpoint), "--num_samples", "100000", "--batch_size", "10"]
     process = begin([*python("inference.py"), *line], tmp_path)
-    out = process.stderr.read(20)  # the progress bar: it is at work
+    out = process.stderr.read(20)  # the progress bar
+    time.sleep(1)  # a bar that is interrupted while tqdm makes it leaves a traceback of tqdm's
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=180)
     assert process.returncode == 143, out + err
