@@ -278,7 +278,7 @@ def between_seeds(sampler: Sampler, seeds: Sequence[int], fractions: Tensor) -> 
 def between_images(
     sampler: Sampler, paths: Sequence[Path], timesteps: Sequence[int] | None, fractions: Tensor
 ) -> Tensor:
-    """Rows [len(timesteps), F + 2, C, H, W], the sources at their ends (section 4.3).
+    """Rows [len(timesteps), F + 2, C, H, W], the sources at their ends (section 4.4).
 
     Both images are noised to t by one noise, mixed, and denoised from there.
     """
@@ -419,7 +419,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_number("--seeds", int, "interpolate: between these (default: seed, seed + 1)", least=0,
                most=2**32 - 1, metavar=("A", "B"), nargs=2)
     add("--images", metavar=("A", "B"), type=Path, nargs=2,
-        help="interpolate: between two pictures (section 4.3)")
+        help="interpolate: between two pictures (section 4.4)")
     add_number("--t", int, "... noised this far, one row each (default: T/4 T/2 3T/4)", least=0,
                nargs="+")
     add_shared_flags(parser)

@@ -1,7 +1,7 @@
 """The figures of the docs, drawn with the project's own functions into assets/.
 
     python docs/figures.py --picture PICTURE                       forward.png
-    python docs/figures.py --metrics runs/small/metrics.csv        loss.png
+    python docs/figures.py --metrics runs/demo/metrics.csv         loss.png
     python docs/figures.py --checkpoints A.pth B.pth C.pth         training.png, steps.png, clip.png
 
 The checkpoints are of one run, the least trained first; the last one draws
