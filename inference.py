@@ -29,7 +29,7 @@ from utils.checkpoint import load_network, network_digest, newest_checkpoint
 from utils.cli import CommandLine, UserError, progress_bar, run
 from utils.device import (
     autocast,
-    first_process_first,
+    from_first_process,
     maybe_compile,
     memory_format,
     select_device,
@@ -154,7 +154,8 @@ def save_images(sampler: Sampler, args: argparse.Namespace, rank: int, world_siz
     """--save_images: the numbered images that are not there yet, each process its share."""
     folder = args.save_images
     count = args.num_samples or NUM_SAMPLES["sample"]
-    first_process_first(lambda: claim_folder(sampler, folder, count))
+    folder.mkdir(parents=True, exist_ok=True)  # on each process's machine
+    from_first_process(lambda: claim_folder(sampler.origin(), folder, count))
     paths = {index: folder / f"{index:06}.png" for index in range(rank, count, world_size)}
     missing = [index for index, path in paths.items() if not is_whole(path)]
     for indices, images in sampler.batches(missing, rank):
@@ -169,18 +170,17 @@ def is_whole(path: Path) -> bool:
     return path.is_file() and path.read_bytes().endswith(b"IEND\xaeB`\x82")
 
 
-def claim_folder(sampler: Sampler, folder: Path, count: int) -> None:
+def claim_folder(origin: dict[str, Any], folder: Path, count: int) -> None:
     """Write down in the folder what makes its images, or find the same written there.
 
     Raises UserError where it is in use for others, before anything in it is touched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        check_folder(sampler.origin(), folder, count)
+        check_folder(origin, folder, count)
 
 
 def check_folder(origin: dict[str, Any], folder: Path, count: int) -> None:
-    """claim_folder, while nobody else does: origin is what makes the images."""
+    """claim_folder, while nobody else does."""
     record = folder / RECORD
     written = read_record(folder)
     pictures = list(folder.glob("*.png"))

@@ -136,15 +136,15 @@ def test_save_images_never_mixes_two_kinds(line, words, checkpoint, tmp_path):
     assert pngs(tmp_path / "out") == before
 
 
-def test_two_processes_write_the_same_files_as_one(checkpoint, tmp_path):
+def test_four_processes_write_the_same_files_as_one(checkpoint, tmp_path):
     line = ("--num_samples", 5, "--batch_size", 1, "--steps", 4, "--device", "cpu")
     infer(checkpoint, tmp_path, *line, "--save_images", "one")
-    shared = ("--checkpoint", checkpoint, *line, "--save_images", "two")
-    process = begin(torchrun("inference.py", *shared), tmp_path)
+    shared = ("--checkpoint", checkpoint, *line, "--save_images", "four")
+    process = begin(torchrun("inference.py", *shared, options=("--nproc_per_node=4",)), tmp_path)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert len(pngs(tmp_path / "two")) == 5
-    assert pngs(tmp_path / "one") == pngs(tmp_path / "two")
+    assert len(pngs(tmp_path / "four")) == 5
+    assert pngs(tmp_path / "one") == pngs(tmp_path / "four")
 
 
 def test_stopped_while_saving_images(checkpoint, tmp_path):
