@@ -245,7 +245,9 @@ def compiled_run(tmp_path: Path, **changes: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_where_compiling_fails_it_says_so_and_goes_on(tmp_path):
     result = compiled_run(tmp_path, CXX="/bin/false")
-    assert "torch.compile failed" in result.stderr  # once per part: PyTorch 2.4 compiles 14
+    warnings = result.stderr.count("torch.compile failed")
+    parts = 14 if torch.__version__.startswith("2.4.") else 2  # training and the grid, or more
+    assert 1 <= warnings <= parts
     assert "Traceback" not in result.stderr
 
 

@@ -85,7 +85,8 @@ def exported(model: UNet, config: Config, tmp_path: Path) -> Path:
     save(model, config, tmp_path / "ours.pth")
     result = succeeded(to_diffusers(tmp_path))
     said = result.stderr.splitlines()
-    said = [line for line in said if "CUDA is not available" not in line]  # PyTorch 2.4 says so
+    if torch.__version__.startswith("2.4."):  # it warns of the missing GPU
+        said = [line for line in said if "CUDA is not available" not in line]
     assert said == []
     return tmp_path / "theirs"
 
