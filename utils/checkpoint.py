@@ -47,7 +47,7 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # torch's word for a failed write
-            raise OSError(str(error).splitlines()[0]) from error
+            raise OSError(brief(error)) from error
 
 
 def load_checkpoint(
@@ -72,8 +72,7 @@ def load_checkpoint(
         except pickle.UnpicklingError as error:
             raise UserError(f"{path} is refused: it holds a pickle that could run code") from error
         except Exception as error:  # a damaged file can raise anything
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{path} cannot be read, it is damaged: {reason}") from error
+            raise UserError(f"{path} cannot be read, it is damaged: {brief(error)}") from error
     if not isinstance(content, dict) or not {"config", "step", "ema"} <= content.keys():
         raise UserError(f"{path} is not a checkpoint of this project "
                         "(it lacks config, step or ema)")
