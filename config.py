@@ -56,7 +56,7 @@ class Config:
     grad_clip: float = setting(1.0, "largest global norm of the gradient (0: no limit)")
     grad_accum: int = setting(1, "micro-batches per step: less memory", 1)
     ema_decay: float = setting(
-        0.9999, "of the averaged weights; ramped, so reached after 9 / (1 - ema_decay) steps")
+        0.9999, "of the averaged weights; ramped: reached after about 9 / (1 - ema_decay) steps")
     seed: int = setting(0, "every random draw of the run follows from it", 0, 2**32 - 1)
 
     device: str = setting("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
@@ -140,7 +140,7 @@ class Config:
         enough = int(self.beta_end * 1000) + 1
         self.require("beta_end", last < 1, f"with timesteps={self.timesteps} it becomes {last:.3g},"
                      f" not below 1: use --timesteps {enough} or more, or --beta_schedule cosine")
-        # Of the image exp(-sum) is left; 0.02 leaves exp(-10), and exp(-88) is 0 in float32.
+        # alphas_cumprod ends near exp(-sum): 0.02 leaves exp(-10), and float32 ends at exp(-87).
         sum_of_betas = 1000 * (self.beta_start + self.beta_end) / 2
         self.require("beta_end", sum_of_betas <= 60,
                      "it leaves nothing of the image long before t = T: use 0.02")

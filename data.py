@@ -79,7 +79,7 @@ class Batches:
         self.batch_size = config.batch_size // world_size  # of this process
         self.device = device
         self.rank = rank
-        # What is on the GPU of the stream of indices: an epoch of it, from this position on.
+        # The indices that are on the GPU: one epoch of the stream, from this position on.
         self.order, self.order_start = torch.empty(0), 0
         if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.images = torch.tensor(images, device=device)
@@ -111,7 +111,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def mirror_half(images: Tensor) -> Tensor:
-    """Each image mirrored with a chance of one half, by torch's own generator."""
+    """Each image mirrored with probability 1/2, by torch's own generator."""
     mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(mirrored, images.flip(-1), images)
 

@@ -199,9 +199,10 @@ class DDPM(nn.Module):
     ) -> Iterator[tuple[int, Tensor]]:
         """Fewer steps, over falling timesteps: yields (t, x after the step at t).
 
-        Order 1 is DDIM (arXiv 2010.02502, Eq. 12 and 16).  Order 2 also follows where x_0 was
-        heading: at eta 0 it is DPM-Solver++(2M) (arXiv 2211.01095), at eta 1 its SDE variant.
-        eta 0 draws no noise; eta 1, order 1 over all timesteps is Algorithm 2 with fixed_small.
+        Order 1 is DDIM (arXiv 2010.02502, Eq. 12 and 16).  Order 2 extrapolates x_0 from the last
+        two predictions: at eta 0 it is DPM-Solver++(2M) (arXiv 2211.01095), at eta 1 its SDE
+        variant.  eta 0 draws no noise; eta 1, order 1 over all timesteps is Algorithm 2 with
+        fixed_small.
         """
         x_start_before, h_before = None, 0.0
         with evaluating(self):
@@ -219,7 +220,7 @@ class DDPM(nn.Module):
                         x_start = pred_x_start + change * h / (2 * h_before)
                     x_start_before, h_before = pred_x_start, h
 
-                # The network's own noise no longer fits once x_0 is clipped or moved.
+                # Not pred_noise: it does not match an x_0 that was clipped or moved.
                 eps = (x_t - math.sqrt(abar) * x_start) / math.sqrt(1 - abar)
                 eps_scale = math.sqrt(max(0.0, 1 - abar_next - variance))
                 x_t = math.sqrt(abar_next) * x_start + eps_scale * eps
@@ -235,8 +236,8 @@ class DDPM(nn.Module):
     ) -> Iterator[tuple[int, Tensor]]:
         """From x_t at t_start (T - 1 where None) to x_0: yields (t, x after the step at t).
 
-        Algorithm 2 or fewer steps, as is_algorithm_2 says.  eta from 0 to 1, order 1 or 2, spacing
-        as in spaced_timesteps; ValueError for others.
+        Algorithm 2 or fewer steps, as is_algorithm_2 says.  For fewer steps eta is from 0 to 1,
+        order 1 or 2, spacing as in spaced_timesteps; ValueError for others.
         """
         if t_start is None:
             t_start = self.timesteps - 1
@@ -275,7 +276,7 @@ def batch_of(t: int, x_t: Tensor) -> Tensor:
 
 
 def is_algorithm_2(num_timesteps: int, steps: int | None, eta: float | None) -> bool:
-    """The rule: where steps is None, or as many as there are timesteps, and no eta is given."""
+    """Whether steps is None, or as many as there are timesteps, and no eta is given."""
     return steps in (None, num_timesteps) and eta is None
 
 

@@ -96,7 +96,7 @@ def bits(nats: Tensor) -> Tensor:
 def posterior_kl(ddpm: DDPM, x_start: Tensor, pred_x_start: Tensor, t: Tensor) -> Tensor:
     """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each pixel [B, C, H, W], for t > 0: Eq. 8.
 
-    In nats.  Without the clip of x_0 its part that the network can change is Eq. 12, the weighted
+    In nats.  Without the clip of x_0, the part that depends on the network is Eq. 12: the weighted
     error of the noise.
     """
     variance = at(ddpm.model_variance, t)

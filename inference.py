@@ -86,7 +86,7 @@ class Sampler:
                 raise UserError(f"--{name} has no effect {where}")
 
     def origin(self) -> dict[str, Any]:
-        """All that decides what image i looks like."""
+        """All that decides what image i looks like, on one kind of device."""
         return {
             "network": network_digest(self.ddpm.model, self.config),
             "step": self.training_steps,
@@ -160,7 +160,9 @@ def save_images(sampler: Sampler, args: argparse.Namespace, rank: int, world_siz
     missing = [index for index, path in paths.items() if not is_whole(path)]
     for indices, images in sampler.batches(missing, rank):
         for index, image in zip(indices, images.permute(0, 2, 3, 1).numpy(), strict=True):
-            save_png(Image.fromarray(image.squeeze()), paths[index])
+            is_grey = image.shape[-1] == 1
+            pixels = image[:, :, 0] if is_grey else image
+            save_png(Image.fromarray(pixels), paths[index])
     if rank == 0:
         print(f"{count} images: {folder}")
 
@@ -257,7 +259,7 @@ def interpolate(sampler: Sampler, args: argparse.Namespace) -> None:
     frames = []
     for column, label in enumerate(labels):
         frames.append(table(rows[:, column:column + 1], [label]))
-    there_and_back = frames + frames[-2:0:-1]
+    there_and_back = frames + frames[-2::-1]
     write_gif(there_and_back, args.output_dir / "interpolation.gif", milliseconds=150)
 
 
@@ -331,7 +333,7 @@ def read_image(path: Path, sampler: Sampler) -> Tensor:
     try:
         with Image.open(path) as image:
             if image.size != (size, size):
-                print(f"{path}: {image.width} x {image.height}, brought to {size} x {size}")
+                print(f"{path}: {image.width} x {image.height}, resized to {size} x {size}")
             pixels = to_square(image, size, sampler.config.channels)
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{path} cannot be read as an image: {error}") from error
@@ -341,7 +343,7 @@ def read_image(path: Path, sampler: Sampler) -> Tensor:
 # Pictures
 
 def table(images: Tensor, labels: Sequence[str]) -> Image.Image:
-    """images [rows, columns, C, H, W] in [-1, 1], enlarged if small; a label above each column."""
+    """images [rows, columns, C, H, W] in [-1, 1], enlarged if small; labels above the columns."""
     rows, columns, _, _, width = images.shape
     cell = width + 2
     zoom = math.ceil(48 / cell)
@@ -389,7 +391,7 @@ def add_shared_flags(parser: CommandLine) -> None:
     add_number("--eta", float, f"noise of fewer steps, from 0 to 1 (default: {ETA:g})", least=0,
                most=1)
     add("--order", type=int, choices=[1, 2],
-        help=f"of fewer steps: 1 is DDIM, 2 DPM-Solver++(2M) (default: {ORDER})")
+        help=f"of fewer steps: 1 as DDIM, 2 as DPM-Solver++(2M) (default: {ORDER})")
     add("--spacing", choices=["quadratic", "uniform"],
         help=f"of fewer steps (default: {SPACING})")
     add("--variance", choices=["fixed_large", "fixed_small"],

@@ -1,9 +1,9 @@
-"""The U-Net eps_theta(x_t, t) of DDPM (arXiv 2006.11239, appendix B): what the noise in x_t was.
+"""The U-Net eps_theta(x_t, t) of DDPM (arXiv 2006.11239, appendix B): predicts the noise in x_t.
 
     model = UNet(Config())
     pred_noise = model(x_t, t)      # x_t [B, C, H, W] float, t [B] int64 -> [B, C, H, W] float32
 
-Shapes are written in a column as [B, channels, size]; maps are square, S is their size, dim the
+Comments on the right give shapes; feature maps [B, channels, S] are square, of size S; dim is the
 base width.
 """
 
@@ -86,7 +86,7 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Xavier-uniform weights, zero biases; what ends a branch or the network starts at zero.
+        """Xavier-uniform weights, zero biases; the last layer of each branch, and of all, is zero.
 
         So the network predicts no noise at first, and the first loss is 1.
         """

@@ -95,7 +95,7 @@ def train_step(
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Of the update after so many: linear warm-up, then constant; the first is already above 0."""
+    """Of update number step + 1: linear warm-up, then constant; the first is already above 0."""
     return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
 
 
@@ -139,8 +139,7 @@ def train(
     if rank == 0:
         print(describe(config, state, images.shape, total_steps, device, precision, world_size))
     final = checkpoints_of(run_dir) / "final_model.pth"
-    is_finished = first_step == total_steps and is_of_step(final, total_steps)
-    if is_finished and not grid_is_due(config, first_step, first_step):
+    if from_first_process(lambda: is_finished(config, first_step, total_steps)):
         if rank == 0:
             print(f"already finished: {final}")
         return 0
@@ -224,7 +223,7 @@ def train(
 
 
 def count_steps(config: Config, state: TrainingState, num_images: int) -> int:
-    """The step at which the run ends: max_steps, or where what is left of the epochs is trained.
+    """The step at which the run ends: max_steps, or the one that completes the epochs.
 
     Raises UserError where the run has already gone further.
     """
@@ -238,6 +237,14 @@ def count_steps(config: Config, state: TrainingState, num_images: int) -> int:
         raise UserError(f"epochs={config.epochs} is impossible: the run has seen "
                         f"{state.images_seen} images already, of {num_images} per epoch")
     return state.step + max(0, math.ceil(images_left / config.batch_size))
+
+
+def is_finished(config: Config, step: int, total_steps: int) -> bool:
+    """Whether nothing is left to train, to draw or to write: rank 0 alone sees the files."""
+    if step < total_steps or grid_is_due(config, step, step):
+        return False
+    final = checkpoints_of(config.run_dir) / "final_model.pth"
+    return is_of_step(final, total_steps)
 
 
 def kept_epoch(config: Config, images_seen: int, num_images: int) -> int:
@@ -320,7 +327,8 @@ def main(argv: list[str] | None = None) -> int:
             f"batch_size={config.batch_size} does not divide among {world_size} processes with "
             f"grad_accum={config.grad_accum}: use a multiple of {parts}")
     samples = Path(run_dir).resolve() / "samples"
-    if Path(config.data).is_dir() and Path(config.data).resolve() in samples.parents:
+    data = Path(config.data).resolve()
+    if data.is_dir() and samples.is_relative_to(data):
         warn(f"the grids of {run_dir} will be among the images of {config.data}: choose another "
              "--run_dir")
     with claimed(Path(run_dir), saved) if rank == 0 else nullcontext():

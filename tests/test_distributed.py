@@ -13,6 +13,7 @@ from helpers import (
     coloured_pictures,
     command,
     differing,
+    environment,
     everything,
     latest,
     metrics_rows,
@@ -143,6 +144,38 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch):
         refused(result, 1, f"batch_size={batch_size} does not divide among 2 processes",
                 f"multiple of {multiple}")
     assert not (tmp_path / "run").exists()
+
+
+# train.py in a folder of the process's own, as on machines that share no disk.
+APART = """
+import os
+
+folder = f"machine {os.environ['RANK']}"
+os.makedirs(folder, exist_ok=True)
+os.chdir(folder)
+
+from train import main
+from utils.cli import run
+
+run(main)
+"""
+
+
+def test_a_finished_run_is_finished_where_only_the_first_machine_has_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    (tmp_path / "apart.py").write_text(APART)
+    line = command(Path("run"), "--resume", **{**SETTINGS, "max_steps": 1})
+    outputs = []
+    for _ in range(2):
+        process = begin(torchrun(str(tmp_path / "apart.py"), *line), tmp_path)
+        out, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err
+        outputs.append(out)
+    assert "finished 1 steps" in outputs[0]
+    assert "already finished" in outputs[1]
+    assert not (tmp_path / "machine 1/run").exists()
 
 
 def rank_of(pid: int) -> int | None:

@@ -110,6 +110,18 @@ def test_save_images_writes_exactly_as_many(count, batch_size, checkpoint, tmp_p
         assert np.array_equal(image, expected[i])
 
 
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_save_images_of_one_pixel(channels, mode, tmp_path):
+    one_pixel = {"image_size": 1, "dim_mults": (1,), "attn_resolutions": ()}
+    config = tiny(channels=channels, **one_pixel)
+    weights = random_unet(config).state_dict()
+    path = tmp_path / "one_pixel.pth"
+    save_checkpoint({"config": asdict(config), "step": 1, "ema": weights}, path)
+    infer(path, tmp_path, "--save_images", "out", "--num_samples", 2, "--steps", 2)
+    image = Image.open(tmp_path / "out/000000.png")
+    assert (image.size, image.mode) == ((1, 1), mode)
+
+
 def test_save_images_goes_on_with_the_missing_ones(checkpoint, tmp_path):
     line = ("--save_images", "out", "--num_samples", 6, "--batch_size", 1, "--steps", 2)
     infer(checkpoint, tmp_path, *line)
@@ -204,6 +216,18 @@ def test_interpolation_between_two_seeds(sampler, checkpoint, tmp_path):
     assert near.max() < abs(path[0] - path[-1]).mean()
 
 
+def test_the_film_of_an_interpolation_rests_at_its_end(checkpoint, tmp_path):
+    infer(checkpoint, tmp_path, "--mode", "interpolate", "--num_samples", 3, "--steps", 2)
+    frames, durations = [], []
+    with Image.open(tmp_path / "outputs/interpolation.gif") as gif:
+        for frame in range(gif.n_frames):
+            gif.seek(frame)
+            frames.append(np.asarray(gif.convert("RGB")))
+            durations.append(gif.info["duration"])
+    assert durations == [150, 150, 150, 150, 750]
+    assert np.array_equal(frames[0], frames[-1])
+
+
 def test_interpolation_of_a_seed_with_itself(checkpoint, tmp_path):
     infer(checkpoint, tmp_path, "--mode", "interpolate", "--seeds", 3, 3)
     path = frames(tmp_path / "outputs/interpolation.png", 9)
@@ -244,7 +268,7 @@ def two_pictures(tmp_path) -> tuple[str, str]:
 def test_interpolation_between_two_images(two_pictures, checkpoint, tmp_path):
     line = ("--mode", "interpolate", "--images", *two_pictures, "--t", 0, 20)
     result = infer(checkpoint, tmp_path, *line)
-    assert "b.png: 30 x 20, brought to 8 x 8" in result.stdout
+    assert "b.png: 30 x 20, resized to 8 x 8" in result.stdout
     assert "a.png:" not in result.stdout
     path = tmp_path / "outputs/interpolation.png"
     assert Image.open(path).size == (11 * 50 + 10, 2 * 50 + 10 + 14)

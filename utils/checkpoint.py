@@ -80,9 +80,9 @@ def load_checkpoint(
 
 
 def check_sums(file: BinaryIO, of_tensors: bool) -> None:
-    """Raises BadZipFile where a byte has changed since it was written, which torch.load passes.
+    """Raises BadZipFile where a byte has changed: torch.load does not notice.
 
-    of_tensors: of these too, for which the whole file is read.
+    of_tensors: check the tensors too, for which the whole file is read.
     """
     with zipfile.ZipFile(file) as archive:
         for name in archive.namelist():
@@ -178,7 +178,7 @@ def network_digest(model: UNet, config: Config) -> str:
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint in run_dir/checkpoints of most steps; UserError if there is none.
+    """The checkpoint in run_dir/checkpoints with the most steps; UserError if there is none.
 
     By the step inside, since copying changes a file's date.  Of equal ones final_model.pth.
     """
@@ -293,7 +293,7 @@ def claimed(run_dir: Path, saved: dict[str, Any]) -> Iterator[None]:
     with locked(checkpoints):
         latest = latest_path(run_dir)
         if latest.exists() and load_checkpoint(latest, mmap=True)["step"] != saved.get("step"):
-            raise UserError(f"another process has gone on with {latest} meanwhile: start again")
+            raise UserError(f"another process has gone on with {latest} since: start again")
         names = r"latest\.pth|final_model\.pth|checkpoint_epoch_\d+\.pth"
         remove_left_overs(checkpoints, names)
         remove_left_overs(samples, r"sample_step_\d+\.png")

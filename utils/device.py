@@ -1,6 +1,6 @@
 """Where it runs: the device, its precision, compiling, the processes of torchrun.
 
-In 16 bits the network calculates its convolutions and matrix products, and on a CPU what lies
+In 16 bits the network calculates its convolutions and matrix products, and on a CPU the layers
 between them.  The time embedding, the network's output, the schedule, the loss, the weights, their
 average and the optimizer stay in fp32 whatever the precision.
 """

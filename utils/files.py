@@ -48,7 +48,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def remove_left_overs(folder: Path, names: str, seconds: float = 0) -> None:
     """What atomic_write of files of these names (a pattern) left behind where it was killed.
 
-    Others' files are let alone, and those younger than seconds: somebody may be writing them.
+    Others' files are left alone, and those younger than seconds: somebody may be writing them.
     """
     made_here = re.compile(rf"({names})\.[0-9a-f]{{8}}\.tmp")
     for path in folder.iterdir():

@@ -1,7 +1,7 @@
 """What is measured while training: sums on the device, and metrics.csv made from them.
 
     metrics.add(losses, t, grad_norm)             each step, without waiting for the device
-    file.write_row(metrics.row(...))              each log_every steps
+    file.write_row(metrics.row(...))              every log_every steps
 """
 
 import math
@@ -67,7 +67,7 @@ class Metrics:
         return dict(zip(COLUMNS, values, strict=True))
 
     def check_finite(self, step: int) -> None:
-        """Raises UserError where one of the steps since the last row was not."""
+        """Raises UserError where a loss or a gradient since the last row was not."""
         if not math.isfinite(self.sums.sum().item()):
             raise not_finite(step)
 
