@@ -64,6 +64,7 @@ def test_bench_measures_ours_and_diffusers(tmp_path):
 @pytest.mark.parametrize(("speedup", "precision", "peers", "expected"), [
     (0.05, "fp32", True, "ours ours_bf16 diffusers_fp32 diffusers_bf16 convolution"),
     (0.05, "auto", False, "ours ours_bf16 convolution"),
+    (0.05, "bf16", True, "ours ours_fp32 diffusers_fp32 diffusers_bf16 convolution"),
     (2.0, "fp32", False, "ours ours_bf16 convolution"),
     (2.0, "auto", True, "ours ours_fp32 diffusers_fp32 diffusers_bf16 convolution"),
     (2.0, "fp16", False, "ours ours_fp32 ours_bf16 convolution"),
@@ -93,7 +94,7 @@ def test_who_takes_part(speedup, precision, peers, expected, tmp_path, monkeypat
         family, _, suffix = name.partition("_")
         assert make is getattr(bench, family)
         assert its_precision == (suffix or precision)
-        batch_size = 1 if suffix == "bf16" and is_emulated else 6
+        batch_size = 1 if its_precision == "bf16" and is_emulated else 6
         assert config.batch_size == (16 if make is bench.convolution else batch_size)
 
 

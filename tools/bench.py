@@ -292,11 +292,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         make_writable(args.json)
 
-    contenders = {"ours": (ours, config, precision)}
     settings = {"fp32": config, "bf16": config}
     is_emulated = device.type == "cpu" and measure_speedup("bf16", config, True) < EMULATED
     if is_emulated:
         settings["bf16"] = replace(config, batch_size=1, grad_accum=1)
+    contenders = {"ours": (ours, settings.get(precision, config), precision)}
     for other, its_config in settings.items():
         if other != precision:
             contenders[f"ours_{other}"] = (ours, its_config, other)
