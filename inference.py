@@ -469,17 +469,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def written_files(args: argparse.Namespace, modes: Sequence[str]) -> list[Path]:
     """What these modes will write, but for the numbered images: it is tried before the work."""
-    names = {
-        "sample": ["samples.png"],
-        "process": ["process.png", "process.gif"],
-        "interpolate": ["interpolation.png", "interpolation.gif"],
+    folder = args.output_dir
+    paths = {
+        "sample": [folder / "samples.png"],
+        "process": [folder / "process.png", folder / "process.gif"],
+        "interpolate": [folder / "interpolation.png", folder / "interpolation.gif"],
     }
-    paths = [args.output_dir / name for mode in modes for name in names[mode]]
-    if "sample" in modes and (args.save_images or args.npz):
-        paths.remove(args.output_dir / "samples.png")
     if args.npz:
-        paths.append(args.npz)
-    return paths
+        paths["sample"] = [args.npz]
+    if args.save_images:
+        paths["sample"] = []
+    return [path for mode in modes for path in paths[mode]]
 
 
 if __name__ == "__main__":

@@ -132,14 +132,14 @@ def train(
     if saved:
         check_alike(saved["sums"], metrics.sums, "sums", latest_path(run_dir))
         state.load_state_dict(saved, latest_path(run_dir))
-    if saved and rank == 0:
-        metrics.sums.copy_(saved["sums"])
+        if rank == 0:
+            metrics.sums.copy_(saved["sums"])
     first_step = state.step
     total_steps = count_steps(config, state, len(images))
     if rank == 0:
         print(describe(config, state, images.shape, total_steps, device, precision, world_size))
     final = checkpoints_of(run_dir) / "final_model.pth"
-    if from_first_process(lambda: is_finished(config, first_step, total_steps)):
+    if from_first_process(lambda: is_finished(config, first_step, total_steps, final)):
         if rank == 0:
             print(f"already finished: {final}")
         return 0
@@ -239,11 +239,10 @@ def count_steps(config: Config, state: TrainingState, num_images: int) -> int:
     return state.step + max(0, math.ceil(images_left / config.batch_size))
 
 
-def is_finished(config: Config, step: int, total_steps: int) -> bool:
+def is_finished(config: Config, step: int, total_steps: int, final: Path) -> bool:
     """Whether nothing is left to train, to draw or to write: rank 0 alone sees the files."""
     if step < total_steps or grid_is_due(config, step, step):
         return False
-    final = checkpoints_of(config.run_dir) / "final_model.pth"
     return is_of_step(final, total_steps)
 
 
