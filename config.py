@@ -1,19 +1,28 @@
-"""Every setting of a run: its default, its bounds and one line of help; and the presets.
+"""The settings of a run: default, bounds, help, heading, may a resumed run change it; presets.
 
     Config()                     the default run: CIFAR-10 at 32 x 32
     Config(**PRESETS["paper"])   the CIFAR-10 run of the paper
     Config(**dataclasses.asdict(config))   what a checkpoint does
 """
 
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 
 def setting(
-    default: Any, help: str, least: float = 0, most: float = 1e9, choices: tuple[Any, ...] = ()
+    default: Any, help: str, least: float = 0, most: float = 1e9, choices: tuple[Any, ...] = (),
+    fixed: bool = False, heading: str = "",
 ) -> Any:
-    metadata = {"help": help, "least": least, "most": most, "choices": choices}
-    return field(default=default, metadata=metadata)
+    """Declare a field of Config.  A heading stands above it, and those after it, in --help."""
+    return field(default=default, metadata={
+        "help": help, "least": least, "most": most, "choices": choices, "fixed": fixed,
+        "heading": heading})
+
+
+# Declares a setting that defines the weights or the diffusion: a resumed run cannot change it.
+fixed = partial(setting, fixed=True)
 
 
 @dataclass
@@ -23,49 +32,55 @@ class Config:
     Raises ValueError, naming the field, its value and a value that works.
     """
 
-    data: str = setting("cifar10", "cifar10, mnist, fashion_mnist, shapes, or a folder of images")
+    data: str = setting(
+        "cifar10", "cifar10, mnist, fashion_mnist, shapes, or a folder of images", heading="data")
     data_dir: str = setting("./data", "where downloads and decoded caches are kept")
-    image_size: int = setting(32, "images are resized and centre-cropped to this square", 1, 4096)
-    channels: int = setting(3, "3: colour, 1: greyscale", choices=(1, 3))
+    image_size: int = fixed(32, "images are resized and centre-cropped to this square", 1, 4096)
+    channels: int = fixed(3, "3: colour, 1: greyscale", choices=(1, 3))
     horizontal_flip: bool = setting(True, "mirror half of the training images (never with mnist)")
 
-    dim: int = setting(64, "base width: level i of the U-Net is dim * dim_mults[i] wide", 4, 4096)
-    dim_mults: tuple[int, ...] = setting((1, 2, 4, 8), "width factors, one per level", 1, 1024)
-    num_res_blocks: int = setting(
+    dim: int = fixed(
+        64, "base width: level i of the U-Net is dim * dim_mults[i] wide", 4, 4096,
+        heading="network")
+    dim_mults: tuple[int, ...] = fixed((1, 2, 4, 8), "width factors, one per level", 1, 1024)
+    num_res_blocks: int = fixed(
         2, "residual blocks per level on the way down (up: one more)", 1, 1000)
-    attn_resolutions: tuple[int, ...] = setting(
+    attn_resolutions: tuple[int, ...] = fixed(
         (16,), "self-attention at these feature-map sizes, and always in the middle", 1, 4096)
     dropout: float = setting(0.1, "inside the residual blocks, in training only")
 
-    timesteps: int = setting(1000, "T, the length of the diffusion", 2, 1e6)
+    timesteps: int = fixed(1000, "T, the length of the diffusion", 2, 1e6, heading="diffusion")
     # A new schedule: its name here, its formula in ddpm.beta_schedule.
-    beta_schedule: str = setting("linear", "the noise schedule", choices=("linear", "cosine"))
-    beta_start: float = setting(
+    beta_schedule: str = fixed("linear", "the noise schedule", choices=("linear", "cosine"))
+    beta_start: float = fixed(
         0.0001, "linear: first beta at T = 1000 (scaled by 1000/T)", 1e-8, 1000)
-    beta_end: float = setting(
-        0.02, "linear: last beta at T = 1000 (scaled by 1000/T)", 1e-8, 1000)
+    beta_end: float = fixed(0.02, "linear: last beta at T = 1000 (scaled by 1000/T)", 1e-8, 1000)
     variance: str = setting(
-        "fixed_large", "of a sampling step: beta_t (large) or the posterior's (small)",
+        "fixed_large", "variance of a sampling step: beta_t (large), the posterior's (small)",
         choices=("fixed_large", "fixed_small"))
 
-    batch_size: int = setting(32, "images per optimiser step, all GPUs together", 1, 1e6)
-    learning_rate: float = setting(2e-4, "of Adam", most=1e300)
+    batch_size: int = setting(
+        32, "images per optimiser step, all GPUs together", 1, 1e6, heading="training")
+    learning_rate: float = setting(2e-4, "Adam's learning rate", most=1e300)
     epochs: int = setting(100, "passes over the data", 1)
     max_steps: int = setting(0, "stop after this many steps instead (0: epochs decide)")
     warmup_steps: int = setting(5000, "linear warm-up of the learning rate")
     grad_clip: float = setting(1.0, "largest global norm of the gradient (0: no limit)")
     grad_accum: int = setting(1, "micro-batches per step: less memory", 1)
     ema_decay: float = setting(
-        0.9999, "of the averaged weights; ramped: reached after about 9 / (1 - ema_decay) steps")
+        0.9999, "decay of the averaged weights, reached after about 9 / (1 - ema_decay) steps")
     seed: int = setting(0, "every random draw of the run follows from it", 0, 2**32 - 1)
 
-    device: str = setting("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
+    device: str = setting(
+        "auto", "where to run", choices=("auto", "cuda", "mps", "cpu"), heading="where it runs")
     precision: str = setting(
-        "auto", "of the network; auto: bf16 where it is faster",
+        "auto", "precision of the network; auto: what is fast on this hardware",
         choices=("auto", "fp32", "bf16", "fp16"))
     compile: str = setting("auto", "torch.compile the network", choices=("auto", "on", "off"))
 
-    run_dir: str = setting(".", "checkpoints/, samples/ and metrics.csv are written under it")
+    run_dir: str = setting(
+        ".", "checkpoints/, samples/ and metrics.csv are written under it",
+        heading="what it writes")
     log_every: int = setting(100, "steps between rows of metrics.csv", 1)
     sample_every: int = setting(1000, "steps between sample grids (0: none)")
     sample_steps: int = setting(50, "network evaluations per image in those grids", 1)
@@ -79,11 +94,9 @@ class Config:
         if self.data == "mnist":
             self.horizontal_flip = False  # a mirrored digit is not a digit
         for f in fields(self):
-            self.check_field(f.name, f.default, **f.metadata)
+            self.check_field(f)
 
         self.require("data", self.data != "", "name a data set or a folder, for example cifar10")
-        is_text = self.run_dir.isprintable()  # PyTorch reads no file of another name
-        self.require("run_dir", is_text, "its name must be printable UTF-8, for example runs/mine")
         self.require("dim_mults", len(self.dim_mults) > 0, "give at least one factor: 1 2 4 8")
         self.require("dim", self.dim % 2 == 0, "it must be even, for example 64")
         self.check_levels()
@@ -99,30 +112,27 @@ class Config:
         if not holds:
             raise ValueError(f"{name}={getattr(self, name)!r} is impossible: {remedy}")
 
-    def check_field(
-        self, name: str, default: Any, least: float, most: float, choices: tuple[Any, ...],
-        help: str,
-    ) -> None:
-        """What can be said of one field alone: its choices, its type, its bounds."""
-        value = getattr(self, name)
-        if choices:
-            self.require(name, value in choices, f"choose from {', '.join(map(str, choices))}")
+    def check_field(self, f: Field) -> None:
+        """Check what can be checked of one field alone: its choices, its type, its bounds."""
+        value, least, most = getattr(self, f.name), f.metadata["least"], f.metadata["most"]
+        if choices := f.metadata["choices"]:
+            self.require(f.name, value in choices, f"choose from {', '.join(map(str, choices))}")
             return
-        if isinstance(default, str | bool):
-            kind = type(default)
-            self.require(name, isinstance(value, kind), f"it must be a {kind.__name__}")
+        if isinstance(f.default, str | bool):
+            kind = type(f.default)
+            self.require(f.name, isinstance(value, kind), f"it must be a {kind.__name__}")
             return
         kinds, word = int, "whole number"
-        if isinstance(default, float):
+        if isinstance(f.default, float):
             kinds, word = (int, float), "number"
         for number in value if isinstance(value, tuple) else (value,):
             is_number = isinstance(number, kinds) and not isinstance(number, bool)
             in_bounds = is_number and least <= number <= most
-            self.require(name, in_bounds,
+            self.require(f.name, in_bounds,
                          f"it must be a {word} of at least {least} and at most {most:,.10g}")
 
     def check_levels(self) -> None:
-        """Each level of the U-Net halves the image, and attention is at the size of a level."""
+        """Check that each level can halve the image, and that attention is at a level's size."""
         levels = len(self.dim_mults)
         multiple = 2 ** (levels - 1)
         nearest = max(1, round(self.image_size / multiple)) * multiple
@@ -140,10 +150,15 @@ class Config:
         enough = int(self.beta_end * 1000) + 1
         self.require("beta_end", last < 1, f"with timesteps={self.timesteps} it becomes {last:.3g},"
                      f" not below 1: use --timesteps {enough} or more, or --beta_schedule cosine")
-        # alphas_cumprod ends near exp(-sum): 0.02 leaves exp(-10), and float32 ends at exp(-87).
-        sum_of_betas = 1000 * (self.beta_start + self.beta_end) / 2
-        self.require("beta_end", sum_of_betas <= 60,
+        # sqrt(1 / alphas_cumprod) must fit into a float32; 0.02 leaves exp(-10) of the image.
+        first = self.beta_start * 1000 / self.timesteps
+        slope = (last - first) / (self.timesteps - 1)
+        log_of_last = sum(math.log1p(-first - slope * t) for t in range(self.timesteps))
+        self.require("beta_end", log_of_last > -60,
                      "it leaves nothing of the image long before t = T: use 0.02")
+
+
+FIXED = [f.name for f in fields(Config) if f.metadata["fixed"]]
 
 
 def level_sizes(image_size: int, dim_mults: tuple[int, ...]) -> list[int]:

@@ -10,25 +10,25 @@
 import argparse
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from config import Config
-from data import DOWNLOADS, images_below, load_folder, load_images, to_float
-from ddpm import DDPM, Noise, at, batch_of, evaluating
-from inference import Sampler, add_shared_flags, read_record
-from utils.cli import CommandLine, UserError, brief, progress_bar, run, under_torchrun
-from utils.device import autocast, maybe_compile
+from data import DOWNLOADS, load_images, to_float
+from ddpm import DDPM, RandnLike, at, batch_of, evaluating, mean_of_each
+from utils.cli import CommandLine, UserError, progress_bar, under_torchrun
 from utils.files import make_writable, write_json
-from utils.randomness import derive_seed
+from utils.image_cache import load_folder, refuse_other_sizes
+from utils.image_folder import read_record
+from utils.inception import Inception
+from utils.process import run_script
+from utils.randomness import ImageNoise, derive_seed
+from utils.sampler import Sampler, add_sampler_flags
 
 Fields = dict[str, Any]
 REMARKS = {  # the paper's figures: CIFAR-10, its own network after 800,000 steps
@@ -46,20 +46,18 @@ REMARKS = {  # the paper's figures: CIFAR-10, its own network after 800,000 step
 
 @torch.no_grad()
 def bits_per_dim(
-    ddpm: DDPM, x_start: Tensor, timesteps: Tensor | None = None, noise: Noise | None = None,
-    progress: Callable[[], Any] = lambda: None,
+    ddpm: DDPM, x_start: Tensor, timesteps: Tensor | None = None,
+    randn_like: RandnLike = torch.randn_like,
 ) -> dict[str, Tensor]:
     """The variational bound of Eq. 5 on 8-bit images, for each image [B] in bits per dimension.
 
     total = prior (L_T) + rate (L_1..L_{T-1}) + distortion (L_0, Eq. 13); mse: of the x_0 predicted
     at t = 0.  timesteps [K, B], each uniform in 1..T-1, make rate an unbiased estimate from K of
-    its T - 1 terms.  The network is evaluated 1 + K times, or T times without timesteps: noise(n)
-    is asked for, and progress() called, once per evaluation n = 0, 1, ...; without timesteps n is
-    t.
+    its T - 1 terms.  The network is evaluated 1 + K times, or T times without timesteps, from
+    t = 0 up, and before each randn_like is called once.
     """
-    def predict(t: Tensor, n: int) -> Tensor:
-        x_t = ddpm.q_sample(x_start, t, None if noise is None else noise(n))
-        progress()
+    def predict(t: Tensor) -> Tensor:
+        x_t = ddpm.q_sample(x_start, t, randn_like(x_start))
         return ddpm.predict_x_start(x_t, t)
 
     T = ddpm.timesteps
@@ -73,15 +71,15 @@ def bits_per_dim(
 
     with evaluating(ddpm):
         # L_0: at t = 0 the mean is pred_x_start.
-        pred_x_start = predict(batch_of(0, x_start), 0)
+        pred_x_start = predict(batch_of(0, x_start))
         std = ddpm.decoder_variance.sqrt()
         distortion = bits(-discretized_log_likelihood(x_start, pred_x_start, std))
-        mse = (x_start - pred_x_start).square().mean(dim=(1, 2, 3))
+        mse = mean_of_each((x_start - pred_x_start).square())
 
         # L_1 .. L_{T-1}
         rate = torch.zeros_like(prior)
-        for n, t in enumerate(timesteps, start=1):
-            rate = rate + bits(posterior_kl(ddpm, x_start, predict(t, n), t))
+        for t in timesteps:
+            rate = rate + bits(posterior_kl(ddpm, x_start, predict(t), t))
         rate = rate * ((T - 1) / len(timesteps))
 
     total = prior + rate + distortion
@@ -90,7 +88,7 @@ def bits_per_dim(
 
 def bits(nats: Tensor) -> Tensor:
     """nats of each pixel [B, C, H, W] -> bits per dimension of each image [B]."""
-    return nats.mean(dim=(1, 2, 3)) / math.log(2)
+    return mean_of_each(nats) / math.log(2)
 
 
 def posterior_kl(ddpm: DDPM, x_start: Tensor, pred_x_start: Tensor, t: Tensor) -> Tensor:
@@ -99,12 +97,13 @@ def posterior_kl(ddpm: DDPM, x_start: Tensor, pred_x_start: Tensor, t: Tensor) -
     In nats.  Without the clip of x_0, the part that depends on the network is Eq. 12: the weighted
     error of the noise.
     """
-    variance = at(ddpm.model_variance, t)
+    variance = at(ddpm.model_variance, t, x_start)
     # The two means differ by x_0 alone.
-    difference = at(ddpm.posterior_mean_coef1, t) * (x_start - pred_x_start)
-    # log1p keeps the digits where the two variances are nearly equal.
-    excess = (at(ddpm.posterior_variance, t) - variance) / variance
-    return (excess - torch.log1p(excess) + difference.square() / variance) / 2
+    difference = at(ddpm.posterior_mean_coef1, t, x_start) * (x_start - pred_x_start)
+    # (r - 1 - ln r + difference^2 / variance) / 2, where r is the ratio of the two variances:
+    # from r - 1, since it keeps its digits where they are nearly equal.
+    r_minus_1 = (at(ddpm.posterior_variance, t, x_start) - variance) / variance
+    return (r_minus_1 - torch.log1p(r_minus_1) + difference.square() / variance) / 2
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -144,11 +143,10 @@ def bpd(sampler: Sampler, data: Config, args: argparse.Namespace) -> Fields:
         images = images[chosen]
     evaluations = T if K is None else K + 1
     calls = evaluations * len(images) / sampler.batch_size
-    maybe_compile(args.compile, sampler.device, calls, sampler.ddpm.model)
-
     batches = []
     total = len(images) * evaluations
-    with progress_bar(total=total, unit=" evaluations", unit_scale=True) as bar:
+    bar = progress_bar(total=total, unit=" evaluations", unit_scale=True)
+    with bar, sampler.running(calls):
         for first in range(0, len(images), sampler.batch_size):
             pixels = images[first:first + sampler.batch_size]
             x_start = to_float(torch.tensor(pixels, device=sampler.device))
@@ -158,9 +156,12 @@ def bpd(sampler: Sampler, data: Config, args: argparse.Namespace) -> Fields:
             if K is not None:
                 timesteps = random_timesteps(sampler.seed, indices, K, T).to(sampler.device)
             noise = sampler.noise(sampler.seed, indices)
-            with autocast(sampler.device, sampler.precision):
-                terms = bits_per_dim(sampler.ddpm, x_start, timesteps, noise,
-                                     progress=lambda count=count: bar.update(count))
+
+            def randn_like(x: Tensor, noise: ImageNoise = noise) -> Tensor:
+                bar.update(len(x))  # here, since it is called once per evaluation
+                return noise(x)
+
+            terms = bits_per_dim(sampler.ddpm, x_start, timesteps, randn_like)
             batches.append({name: value.cpu().double() for name, value in terms.items()})
 
     terms = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -195,99 +196,31 @@ def random_timesteps(seed: int, indices: range, K: int, T: int) -> Tensor:
 
 def fid(sampler: Sampler, data: Config, args: argparse.Namespace) -> Fields:
     """The Frechet distance between Inception's features of generated and of training images."""
-    torch_fidelity = load_inception(args.inception_weights)  # first: sampling takes hours
+    inception = Inception(args.inception_weights)  # first: sampling takes hours
     reference = load_images(data, "train")
     if args.images:
-        images = load_made_before(args.images, data)[:args.num_samples]
+        # A figure of resized images would be one of something else.
+        refuse_other_sizes(args.images, data.image_size)
+        images = load_folder(
+            args.images, Path(data.data_dir), data.image_size, data.channels)[:args.num_samples]
         written = read_record(args.images)
         made_by = json.dumps(written) if written else "of unknown origin"
         origin = f"{args.images}, {made_by}"
     else:
-        images = sample_images(sampler, args.num_samples or 50_000, args.compile)
+        count = args.num_samples or 50_000
+        with sampler.running(sampler.calls(count)):  # not around Inception, which is fp32
+            images = sampler.images(count).numpy()
         origin = f"{sampler.describe()}, seed {sampler.seed}, {sampler.precision}"
     if min(len(images), len(reference)) < 2:
         raise UserError(f"FID needs two images or more: here are {len(images)}, and "
                         f"{len(reference)} to compare with")
-    metrics = torch_fidelity.calculate_metrics(
-        input1=InceptionImages(images),
-        input2=InceptionImages(reference),
-        fid=True,
-        cuda=sampler.device.type == "cuda",
-        batch_size=sampler.batch_size,
-        feature_extractor_weights_path=args.inception_weights,
-        save_cpu_ram=True,  # without worker processes, which indexing an array does not need
-        verbose=False,
-    )
     return {
         "reference": describe(data, "train"),
         "num_reference": len(reference),
         "num_samples": len(images),
         "sampler": origin,
-        "fid": metrics["frechet_inception_distance"],
+        "fid": inception.distance(images, reference, sampler.batch_size, sampler.device),
     }
-
-
-def load_made_before(folder: Path, data: Config) -> np.ndarray:
-    """The images in the folder.
-
-    Raises UserError where they are of another size: a figure of resized ones is of something else.
-    """
-    size = data.image_size
-    for path in images_below(folder):
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-        except Exception as error:  # a damaged file can raise anything
-            reason = brief(error)
-            raise UserError(f"{path} cannot be read as an image: {reason}") from error
-        if (width, height) != (size, size):
-            raise UserError(f"{path} is {width} x {height}, not {size} x {size} as what it is "
-                            "compared with")
-    return load_folder(folder, Path(data.data_dir), size, data.channels)
-
-
-def sample_images(sampler: Sampler, count: int, compile: str) -> np.ndarray:
-    """The first so many images of the sampler, uint8 [count, C, H, W]."""
-    calls = count / sampler.batch_size * sampler.steps
-    maybe_compile(compile, sampler.device, calls, sampler.ddpm.model)
-    with autocast(sampler.device, sampler.precision):  # not of Inception, which is fp32
-        batches = [batch.numpy() for _, batch in sampler.batches(range(count))]
-    return np.concatenate(batches)
-
-
-def load_inception(weights: str | None) -> ModuleType:
-    """torch_fidelity.  UserError where it, or its weights, are not there."""
-    try:
-        import torch_fidelity
-        from torch_fidelity import feature_extractor_inceptionv3 as inception
-    except ImportError as error:
-        raise UserError("--metric fid needs torch-fidelity: pip install torch-fidelity") from error
-    try:
-        if weights:  # torch-fidelity itself would run code that is in the file
-            torch.load(weights, map_location="cpu", weights_only=True)
-        inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
-    except Exception as error:  # a download or a damaged file may raise anything
-        reason = brief(error)
-        problem = "they could not be downloaded"
-        if weights:
-            problem = f"{weights} does not hold them"
-        raise UserError(
-            f"--metric fid needs the weights of Inception, and {problem} ({reason}): get "
-            f"{inception.URL_INCEPTION_V3} and name it with --inception_weights FILE") from error
-    return torch_fidelity
-
-
-class InceptionImages(torch.utils.data.Dataset):
-    """uint8 images [N, C, H, W] as torch-fidelity takes them: three channels each."""
-
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> Tensor:
-        return torch.tensor(self.images[i]).expand(3, -1, -1)
 
 
 def describe(data: Config, split: str) -> str:
@@ -318,7 +251,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--inception_weights", metavar="FILE",
         help="fid: default: torch-fidelity downloads them")
     add("--json", metavar="FILE", type=Path, help="write what is printed here too")
-    add_shared_flags(parser)
+    add_sampler_flags(parser)
     args = parser.parse_args(argv)
 
     if args.metric == "bpd":
@@ -361,4 +294,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -27,7 +27,7 @@ class UNet(nn.Module):
         super().__init__()
         dim = config.dim
         widths = [dim * mult for mult in config.dim_mults]
-        # One number for the whole network: every width is a multiple of dim.
+        # The largest divisor of dim up to 32: it divides every width, a multiple of dim.
         groups = max(n for n in range(1, 33) if dim % n == 0)
 
         def res_block(in_width: int, out_width: int, attention: bool) -> ResBlock:
@@ -37,26 +37,27 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.channels, dim, 3, padding=1)
 
         size, width = config.image_size, dim
-        skips = [dim]  # widths of the skip connections
+        skip_widths = [dim]
         self.down = nn.ModuleList()
         for level, out_width in enumerate(widths):
             attends = size in config.attn_resolutions
             for _ in range(config.num_res_blocks):
                 self.down.append(res_block(width, out_width, attends))
                 width = out_width
-                skips.append(width)
+                skip_widths.append(width)
             if level < len(widths) - 1:
                 self.down.append(Downsample(width))
                 size //= 2
-                skips.append(width)
+                skip_widths.append(width)
 
-        self.middle = nn.ModuleList([res_block(width, width, True), res_block(width, width, False)])
+        self.middle = nn.ModuleList([  # two residual blocks, with attention after the first
+            res_block(width, width, attention=True), res_block(width, width, attention=False)])
 
         self.up = nn.ModuleList()
         for level, out_width in reversed(list(enumerate(widths))):
             attends = size in config.attn_resolutions
             for _ in range(config.num_res_blocks + 1):
-                self.up.append(res_block(width + skips.pop(), out_width, attends))
+                self.up.append(res_block(width + skip_widths.pop(), out_width, attends))
                 width = out_width
             if level > 0:
                 self.up.append(Upsample(width))
@@ -71,24 +72,23 @@ class UNet(nn.Module):
         h = self.conv_in(x_t)                            # [B, dim, S]
         skips = [h]
         for block in self.down:
-            h = block(h, emb)                            # [B, dim * dim_mults[i], S / 2^i]
+            h = block(h, emb)                            # [B, width, S / 2^level]
             skips.append(h)
         for block in self.middle:
             h = block(h, emb)
         for block in self.up:
             if isinstance(block, ResBlock):
-                h = torch.cat([h, skips.pop()], dim=1)   # [B, both widths, S / 2^i]
+                h = torch.cat([h, skips.pop()], dim=1)   # [B, both widths, S / 2^level]
             h = block(h, emb)
-        # Not in 16 bits: predict_x_start multiplies an error of the output by up to 157 (linear
-        # schedule) or 20,291 (cosine, T = 1000).
-        with full_precision(h):
+        # Not in 16 bits: DDPM.predict_x_start multiplies an error of the output by up to 20,291.
+        with without_autocast(h):
             return self.conv_out(F.silu(self.norm_out(h.float())))
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Xavier-uniform weights, zero biases; the last layer of each branch, and of all, is zero.
+        """Xavier-uniform weights and zero biases, but zeros where a residual branch ends.
 
-        So the network predicts no noise at first, and the first loss is 1.
+        The last layer is zero too: the network predicts no noise at first, and the loss is 1.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -98,7 +98,7 @@ class UNet(nn.Module):
             if isinstance(module, ResBlock):
                 nn.init.zeros_(module.conv2.weight)
             elif isinstance(module, Attention):
-                for weight in module.qkv.weight.chunk(3):  # q, k, v: each third by its own fan
+                for weight in module.qkv.weight.chunk(3):  # three layers in one
                     nn.init.xavier_uniform_(weight)
                 nn.init.zeros_(module.proj.weight)
         nn.init.zeros_(self.conv_out.weight)
@@ -117,12 +117,12 @@ class TimeEmbedding(nn.Module):
         self.linear2 = nn.Linear(4 * dim, 4 * dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        with full_precision(t):
+        with without_autocast(t):
             return self.linear2(F.silu(self.linear1(sinusoid(t, self.dim))))
 
 
-def full_precision(x: Tensor) -> AbstractContextManager:
-    """Autocast off, on the kinds of device that have it."""
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Autocast off inside, on the kinds of device that have it: what is fp32 stays fp32."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind):
         return torch.autocast(kind, enabled=False)
@@ -141,7 +141,7 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
 class ResBlock(nn.Module):
     """x [B, in_width, S, S], emb [B, emb_width] -> [B, out_width, S, S].
 
-    With self-attention after it where asked.
+    It ends with self-attention if that is asked for.
     """
 
     def __init__(
@@ -186,14 +186,14 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(width)) v of [B, 1, tokens, width] each."""
     if q.device.type == "cpu" and q.dtype != torch.float32:
-        # There PyTorch's own kernel takes three times as long.
+        # On a CPU in 16 bits PyTorch's own kernel takes three times as long.
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class Downsample(nn.Module):
-    """[B, width, S, S] -> [B, width, S / 2, S / 2].
+    """[B, width, S, S] -> [B, width, S / 2, S / 2]; emb is not used.
 
     Padded on the right and below only, as in the paper's code.
     """
@@ -207,7 +207,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """[B, width, S, S] -> [B, width, 2 S, 2 S]."""
+    """[B, width, S, S] -> [B, width, 2 S, 2 S]; emb is not used."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this file is run from the project's folder
 
 from config import Config
-from data import to_float, to_picture, to_square
+from data import to_float, to_uint8
 from ddpm import DDPM, at
-from inference import Sampler, add_shared_flags
-from utils.cli import CommandLine, run
-from utils.device import autocast
+from utils.cli import CommandLine
+from utils.image_cache import to_square
+from utils.pictures import grid
+from utils.process import run_script
+from utils.sampler import Sampler, add_sampler_flags
 
 EVALUATIONS = (10, 20, 50)  # of steps.png, beside the whole chain
 
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--checkpoints", metavar="FILE", type=Path, nargs="+", help="of one run, in order")
     add("--output_dir", metavar="DIR", type=Path, default=Path("assets"), help="default: ./assets")
     parser.add_number("--num_samples", int, "images per row (default: 8)", least=1, default=8)
-    add_shared_flags(parser)
+    add_sampler_flags(parser)
     args = parser.parse_args(argv)
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -70,8 +72,8 @@ def show(axes: Axes, rows: Sequence[Tensor], row_labels: Sequence[str],
          column_labels: Sequence[str] = ()) -> None:
     """A grid of images; each of rows is [columns, C, S, S] in [-1, 1]."""
     columns, _, size, _ = rows[0].shape
-    axes.imshow(to_picture(torch.cat(list(rows)), columns), interpolation="nearest")
-    centre, cell = 2 + size / 2, size + 2  # to_picture leaves 2 pixels between images
+    axes.imshow(grid(to_uint8(torch.cat(list(rows))), columns), interpolation="nearest")
+    centre, cell = 2 + size / 2, size + 2  # grid leaves 2 pixels between images
     axes.set_yticks([centre + cell * i for i in range(len(rows))], row_labels)
     axes.set_xticks([centre + cell * i for i in range(len(column_labels))], column_labels)
     axes.xaxis.tick_top()
@@ -138,9 +140,8 @@ def sampler_of(args: argparse.Namespace, path: Path, steps: int | None = None) -
 
 def samples(sampler: Sampler, count: int) -> Tensor:
     """The first images of the seed, [count, C, S, S] in [-1, 1]: image i always has noise i."""
-    with torch.no_grad(), autocast(sampler.device, sampler.precision):
-        batches = [images for _, images in sampler.batches(range(count))]
-    return to_float(torch.cat(batches))
+    with sampler.running(sampler.calls(count)):
+        return to_float(sampler.images(count))
 
 
 def training(columns: list[Tensor], training_steps: list[int]) -> Figure:
@@ -174,8 +175,8 @@ class Unclipped(DDPM):
 
     def predict_x_start(self, x_t: Tensor, t: Tensor) -> Tensor:
         pred_noise = self.model(x_t, t).float()
-        x_t_scale = at(self.sqrt_recip_alphas_cumprod, t)
-        noise_scale = at(self.sqrt_recipm1_alphas_cumprod, t)
+        x_t_scale = at(self.sqrt_recip_alphas_cumprod, t, x_t)
+        noise_scale = at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
         return x_t_scale * x_t - noise_scale * pred_noise
 
 
@@ -189,4 +190,4 @@ def clip(sampler: Sampler, clipped: Tensor) -> Figure:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from config import Config
 from ddpm import DDPM
 from model import UNet
-from utils.cli import run
+from utils.process import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -37,7 +38,7 @@ TINY = {
     "device": "cpu",
     "precision": "fp32",
 }
-
+SHORT = {"max_steps": 6, "log_every": 2, "sample_every": 2, "save_every": 0}
 
 # The variables of its one process
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
@@ -96,7 +97,7 @@ def called(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
     os.chdir(cwd)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run(lambda: main(list(arguments)))
+            run_script(lambda: main(list(arguments)))
     except SystemExit as end:
         status = end.code
         if not isinstance(status, int):  # a message, which Python prints and makes a 1 of
@@ -124,12 +125,22 @@ def refused(result: subprocess.CompletedProcess, status: int, *words: str) -> No
         assert word in lines[0], lines[0]
 
 
-def command(run_dir: Path, *extra: str, **settings) -> list[str]:
-    """The command line of a tiny training run."""
-    return [*flags(**{**TINY, "run_dir": run_dir, **settings}), *extra]
+def command(run_dir: Path, *extra: str | dict, **settings) -> list[str]:
+    """The command line of a tiny training run: settings from dicts, a later one counts; flags."""
+    merged = {**TINY, "run_dir": run_dir}
+    line = []
+    for part in (*extra, settings):
+        if isinstance(part, dict):
+            merged.update(part)
+        else:
+            line.append(part)
+    return [*flags(**merged), *line]
 
 
-def train(run_dir: Path, *extra: str, start=called, **settings) -> subprocess.CompletedProcess:
+def train(
+    run_dir: Path, *extra: str | dict, start=called, **settings
+) -> subprocess.CompletedProcess:
+    """A tiny training run to its end: train(run, RUN, "--resume", max_steps=5)."""
     return start("train.py", *command(run_dir, *extra, **settings), cwd=run_dir.parent)
 
 
@@ -137,6 +148,18 @@ def begin(line: list[str], cwd: Path) -> subprocess.Popen:
     """A process that is not waited for."""
     return subprocess.Popen(
         line, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def begin_training(
+    run_dir: Path, *extra: str | dict, processes: int = 0, options: tuple[str, ...] = (),
+    **settings,
+) -> subprocess.Popen:
+    """A tiny training run that is not waited for; by so many processes of torchrun."""
+    line = command(run_dir, *extra, **settings)
+    start = python("train.py")
+    if processes:
+        start = torchrun("train.py", processes=processes, options=options)
+    return begin([*start, *line], run_dir.parent)
 
 
 def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
@@ -148,10 +171,12 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
         raise AssertionError(f"{path} did not come: {process.communicate()[1]}")
 
 
-def torchrun(name: str, *arguments: str, options: tuple[str, ...] = ()) -> list[str]:
-    """The command line of two processes of a script, of the project or of any path."""
-    line = [*python("torch.distributed.run"), "--standalone", "--nproc_per_node=2", *options]
-    return [*line, str(ROOT / name), *map(str, arguments)]
+def torchrun(
+    name: str, *arguments: str, processes: int = 2, options: tuple[str, ...] = ()
+) -> list[str]:
+    """The command line of so many processes of a script, of the project or of any path."""
+    line = [*python("torch.distributed.run"), "--standalone", f"--nproc_per_node={processes}"]
+    return [*line, *options, str(ROOT / name), *map(str, arguments)]
 
 
 def succeeds_under_torchrun(source: str, folder: Path) -> None:
@@ -161,6 +186,18 @@ def succeeds_under_torchrun(source: str, folder: Path) -> None:
     line = torchrun(str(path))
     succeeded(subprocess.run(
         line, capture_output=True, text=True, timeout=120, env=environment(), check=False))
+
+
+def infer(checkpoint: Path, cwd: Path, *arguments) -> subprocess.CompletedProcess:
+    """inference.py with this checkpoint, in fp32."""
+    line = ["--checkpoint", checkpoint, "--device", "cpu", "--precision", "fp32", *arguments]
+    return succeeded(called("inference.py", *map(str, line), cwd=cwd))
+
+
+def arrays(checkpoint: Path, cwd: Path, *arguments) -> np.ndarray:
+    """The samples [N, H, W, C], as numbers that can be subtracted."""
+    infer(checkpoint, cwd, "--npz", "x.npz", *arguments)
+    return np.load(cwd / "x.npz")["arr_0"].astype(int)
 
 
 # What a run leaves behind

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from config import PRESETS, Config
+from utils.checkpoint import read_config
 from utils.cli import CommandLine
 
 
@@ -47,6 +48,18 @@ def test_a_dict_of_another_version():
         Config(**older, wings=2)
 
 
+def test_a_checkpoint_without_a_fixed_field_gets_its_default_and_a_warning(tmp_path, capsys):
+    """What is not fixed is left to this version without a word."""
+    older = asdict(Config(seed=5))
+    for name in ("beta_end", "compile"):
+        del older[name]
+    assert read_config({"config": older}, tmp_path / "old.pth") == Config(seed=5)
+    told = f"warning: {tmp_path}/old.pth does not say beta_end: the default is taken\n"
+    assert capsys.readouterr().err == told
+    assert read_config({"config": asdict(Config())}, tmp_path / "new.pth") == Config()
+    assert capsys.readouterr().err == ""
+
+
 def test_digits_are_never_mirrored():  # a flip is right for photographs and wrong for digits
     assert not Config(data="mnist").horizontal_flip
     assert Config(data="fashion_mnist").horizontal_flip
@@ -70,7 +83,6 @@ def test_digits_are_never_mirrored():  # a flip is right for photographs and wro
     ("beta_schedule", "quadratic", "cosine"),
     ("beta_start", 0.5, "beta_end"),
     ("beta_end", 0.9, "nothing of the image"),
-    ("run_dir", "caf\udce9", "UTF-8"),
     ("variance", "learned", "fixed_small"),
     ("batch_size", 0, "at least 1"),
     ("batch_size", -4, "at least 1"),
@@ -104,11 +116,11 @@ def test_attention_at_the_size_of_any_level_or_none(sizes):
 
 
 def test_help_has_the_groups_of_config_py(capsys):
-    """Its blank lines part the fields; each group is a heading of --help."""
+    """Blank lines part the fields there; each group is a heading of --help."""
     source = inspect.getsource(Config).split("def __post_init__")[0]
     groups = []
     for block in source.split("\n\n")[1:]:
-        names = re.findall(r"^    (\w+): .*= setting\(", block, re.MULTILINE)
+        names = re.findall(r"^    (\w+): .*= (?:setting|fixed)\(", block, re.MULTILINE)
         if names:
             groups.append(names)
     parser = CommandLine("", "")

@@ -1,4 +1,4 @@
-"""The likelihood against closed forms in float64, and evaluate.py from the command line."""
+"""evaluate.py: the likelihood against closed forms in float64, and from the command line."""
 
 import json
 import math
@@ -40,12 +40,12 @@ FIELDS = [
 
 
 def evaluate(checkpoint: Path, tmp_path: Path, *arguments):
-    line = ["--checkpoint", str(checkpoint), "--device", "cpu", *map(str, arguments)]
-    return called("evaluate.py", *line, cwd=tmp_path)
+    line = ["--checkpoint", str(checkpoint), "--device", "cpu", "--precision", "fp32"]
+    return called("evaluate.py", *line, *map(str, arguments), cwd=tmp_path)
 
 
 def fields(checkpoint: Path, tmp_path: Path, *arguments) -> dict:
-    """What it writes with --json."""
+    """Return what it writes with --json."""
     result = evaluate(checkpoint, tmp_path, "--json", "result.json", *arguments)
     assert result.returncode == 0, result.stderr
     return json.loads((tmp_path / "result.json").read_text())
@@ -62,7 +62,7 @@ def bits(nats: Tensor) -> Tensor:
 # The terms of the bound
 
 def log_mass(x: Tensor, decoder: Normal) -> Tensor:
-    """Eq. 13 in float64: by the difference of two cdf, or far away by the tail's expansion."""
+    """Calculate Eq. 13 in float64, by two cdf, or far away by the tail's expansion."""
     above = torch.where(x > 0.999, 1, decoder.cdf(x + 1 / 255))
     below = torch.where(x < -0.999, 0, decoder.cdf(x - 1 / 255))
     z = ((x - decoder.mean).abs() - 1 / 255) / decoder.stddev
@@ -73,10 +73,11 @@ def log_mass(x: Tensor, decoder: Normal) -> Tensor:
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_every_term_is_what_the_paper_writes(variance, schedule):
-    """Eq. 5 term by term in float64, with the same noise, for a network that returns zero."""
+    """Eq. 5 is written out in float64, with the same noise, for a network that returns zero."""
     config = tiny(timesteps=50, variance=variance, beta_schedule=schedule)
     x, noise = pictures(4, 3, 8, 8), torch.randn(50, 4, 3, 8, 8)
-    got = bits_per_dim(DDPM(Constant(), config), x, noise=lambda t: noise[t])
+    draws = iter(noise)  # from t = 0 up
+    got = bits_per_dim(DDPM(Constant(), config), x, randn_like=lambda x: next(draws))
 
     betas = beta_schedule(config)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
@@ -196,7 +197,7 @@ def test_the_likelihood_far_from_the_mean_is_neither_infinite_nor_cut_off(x, mea
 # An estimate from K timesteps
 
 def test_the_estimate_of_the_rate_is_unbiased():
-    """40,000 estimates of one image from two timesteps each, within three standard errors."""
+    """40,000 estimates from two timesteps each come within three standard errors."""
     ddpm = DDPM(Constant(), tiny())
     x = pictures(1, 1, 2, 2).expand(40_000, -1, -1, -1)
     exact = bits_per_dim(ddpm, x[:4000])
@@ -212,8 +213,8 @@ def test_the_estimate_of_the_rate_is_unbiased():
 def test_an_estimate_from_all_timesteps_is_the_sum():
     ddpm, x, noise = DDPM(Constant(), tiny()), pictures(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
     timesteps = random_timesteps(0, range(4), 29, 30)
-    exact = bits_per_dim(ddpm, x, noise=lambda n: noise)
-    estimate = bits_per_dim(ddpm, x, timesteps, lambda n: noise)
+    exact = bits_per_dim(ddpm, x, randn_like=lambda x: noise)
+    estimate = bits_per_dim(ddpm, x, timesteps, lambda x: noise)
     for name in exact:
         torch.testing.assert_close(estimate[name], exact[name], rtol=1e-5, atol=0)
 
@@ -240,32 +241,33 @@ def test_random_timesteps_depend_on_seed_and_image_alone():
 def test_one_call_per_timestep_without_dropout_and_each_mode_restored():
     ddpm = half_frozen(tiny())
     before = modes(ddpm)
-    asked, reported = [], []
+    calls_before = []  # calls of the network, as each noise is asked for
 
-    def noise(n: int) -> Tensor:
-        asked.append(n)
-        return torch.zeros(4, 3, 8, 8)
+    def randn_like(like: Tensor) -> Tensor:
+        assert like.shape == x.shape
+        calls_before.append(len(ddpm.model.modes))
+        return torch.zeros_like(like)
 
     x = pictures(4, 3, 8, 8).requires_grad_()
-    got = bits_per_dim(ddpm, x, noise=noise, progress=lambda: reported.append(None))
+    got = bits_per_dim(ddpm, x, randn_like=randn_like)
     assert ddpm.model.timesteps == [[t] * 4 for t in range(30)]
     assert ddpm.model.modes == [False] * 30
-    assert asked == list(range(30))
-    assert len(reported) == 30
+    assert calls_before == list(range(30))
     assert not any(value.requires_grad for value in got.values())
     assert modes(ddpm) == before
 
 
 def test_the_modes_are_restored_after_an_exception():
-    def noise(n: int) -> Tensor:
-        if n == 3:
-            raise RuntimeError("broken")
-        return torch.zeros(4, 3, 8, 8)
-
     ddpm = half_frozen(tiny())
+
+    def randn_like(x: Tensor) -> Tensor:
+        if len(ddpm.model.modes) == 3:
+            raise RuntimeError("broken")
+        return torch.zeros_like(x)
+
     before = modes(ddpm)
     with pytest.raises(RuntimeError, match="broken"):
-        bits_per_dim(ddpm, pictures(4, 3, 8, 8), noise=noise)
+        bits_per_dim(ddpm, pictures(4, 3, 8, 8), randn_like=randn_like)
     assert len(ddpm.model.modes) == 3
     assert modes(ddpm) == before
 
@@ -335,6 +337,13 @@ def test_the_fields_of_bpd(checkpoint, tmp_path):
     assert written["total"] == pytest.approx(total, rel=1e-4)
     assert 0 < written["standard_error"] < written["total"]
     assert written["rmse"] > 0
+
+
+def test_the_progress_bar_counts_evaluations(checkpoint, tmp_path):
+    line = ("--metric", "bpd", "--num_images", 5, "--batch_size", 3)
+    for K, evaluations in (((), 150), (("--timesteps_per_image", 19), 100)):
+        result = evaluate(checkpoint, tmp_path, *line, *K)
+        assert f" {evaluations}/{evaluations} " in result.stderr, result.stderr
 
 
 def test_another_data_set_and_the_newest_checkpoint(checkpoint, tmp_path):
@@ -413,10 +422,7 @@ def test_it_runs_in_one_process(checkpoint, tmp_path, monkeypatch):
 
 @pytest.fixture
 def inception(tmp_path_factory, monkeypatch) -> Path:
-    """A file of random weights.
-
-    And the features are those of the first layers, which have 64 numbers, not 2048.
-    """
+    """The file holds random weights; the features are the 64 of the first layers, not 2048."""
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     network = fidelity.FeatureExtractorInceptionV3
     first_layers = staticmethod(lambda metric: "64")
@@ -474,16 +480,25 @@ def test_fid_of_images_of_another_size_is_refused(checkpoint, inception, tmp_pat
     refused(evaluate(checkpoint, tmp_path, *line), 1, "9 x 9", "8 x 8")
 
 
+def test_fid_of_no_folder_is_refused(checkpoint, inception, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in ("nowhere", "empty"):
+        line = ("--metric", "fid", "--inception_weights", inception, "--images", folder)
+        refused(evaluate(checkpoint, tmp_path, *line), 1, folder)
+
+
 def test_fid_is_not_calculated_in_the_samplers_precision(checkpoint, tmp_path, monkeypatch):
     seen = []
 
-    class Fidelity:
-        @staticmethod
-        def calculate_metrics(**_) -> dict[str, float]:
-            seen.append(torch.is_autocast_enabled("cpu"))
-            return {"frechet_inception_distance": 1.0}
+    class Fake:
+        def __init__(self, weights: str | None) -> None:
+            pass
 
-    monkeypatch.setattr("evaluate.load_inception", lambda weights: Fidelity)
+        def distance(self, *arguments) -> float:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return 1.0
+
+    monkeypatch.setattr("evaluate.Inception", Fake)
     line = ("--metric", "fid", "--num_samples", 2, "--steps", 2, "--precision", "bf16")
     fields(checkpoint, tmp_path, *line)
     assert seen == [False]

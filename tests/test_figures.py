@@ -1,4 +1,4 @@
-"""docs/figures.py: the figures are drawn, from what training leaves behind."""
+"""docs/figures.py: the figures are drawn from what training leaves behind."""
 
 import os
 from dataclasses import asdict
@@ -9,7 +9,6 @@ from helpers import coloured_pictures, random_unet, script, succeeded, tiny
 from PIL import Image
 
 from utils.checkpoint import save_checkpoint
-from utils.files import PatientWriter
 from utils.metrics import COLUMNS, MetricsFile
 
 pytest.importorskip("matplotlib")
@@ -21,11 +20,12 @@ def test_every_figure_is_drawn(tmp_path):
     for step, path in enumerate(checkpoints, start=1):
         weights = random_unet(config).state_dict()
         save_checkpoint({"config": asdict(config), "step": step, "ema": weights}, path)
-    metrics = MetricsFile(tmp_path / "metrics.csv", 0, False, PatientWriter())
+    metrics = MetricsFile(tmp_path / "metrics.csv", 0, tensorboard=False)
     for step in (100, 200):
         losses = {f"loss_q{i}": 1 / (step * i) for i in range(1, 5)}
         row = dict.fromkeys(COLUMNS, 0.5)
-        metrics.write_row({**row, "step": step, "loss": 1 / step, **losses})
+        metrics.add({**row, "step": step, "loss": 1 / step, **losses})
+    metrics.save(tmp_path / "metrics.csv")
     picture = min(coloured_pictures(tmp_path / "pictures").iterdir())
 
     out = tmp_path / "assets"

@@ -6,36 +6,34 @@ On a GPU a repeated run differs by rounding, so losses are compared, not bits.
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-import helpers
 import numpy as np
 import pytest
 import torch
 from helpers import (
     TINY,
     called,
-    command,
     environment,
     flags,
     latest,
     metrics_rows,
-    python,
     random_unet,
     script,
     succeeded,
     tiny,
+    torchrun,
+    train,
 )
 from torch import nn
 
-from config import Config
+import ddim
 from data import Batches
 from ddpm import DDPM
 from inference import slerp
-from train import train_step
-from utils.checkpoint import TrainingState
+from train import TrainingState, train_step
 from utils.device import autocast, select_device, select_precision
-from utils.metrics import Metrics
 from utils.randomness import ImageNoise
 
 pytestmark = [
@@ -57,27 +55,25 @@ def nothing_waits() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-class Training:
-    """What train.py sets up, with random weights so that every gradient counts."""
+class TrainingOnGpu:
+    """It is what train.py sets up, with random weights so that every gradient counts."""
 
     def __init__(self, precision: str = "fp32", **settings) -> None:
         self.config = tiny(device=DEVICE.type, precision=precision, batch_size=8, **settings)
         self.device = select_device(self.config.device)
         images = np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), np.uint8)
         self.batches = Batches(images, self.config, self.device)
-        self.state = TrainingState(self.config, self.device, precision)
+        self.state = TrainingState(self.config, self.device)
         torch.manual_seed(1)
         self.state.model.load_state_dict(random_unet(self.config).state_dict())
         self.ddpm = DDPM(self.state.model, self.config).to(self.device)
-        self.metrics = Metrics(self.config.timesteps, self.device)
-        self.metrics.start_clock(0)
+        self.state.metrics.start_clock(0)
 
     def step(self) -> torch.Tensor:
         """The losses of one step."""
-        found = train_step(
-            self.ddpm, self.state, self.batches, self.config, self.config.precision)
-        self.metrics.add(*found)
-        return found[0]
+        losses, t, grad_norm = train_step(self.ddpm, self.state, self.batches, self.config)
+        self.state.metrics.add(losses, t, grad_norm)
+        return losses
 
     def weights(self) -> list[torch.Tensor]:
         return [p.detach().clone() for p in self.state.model.parameters()]
@@ -98,7 +94,7 @@ def test_what_waits_is_seen():
 def test_a_training_step_waits_for_nothing(fits, precision, monkeypatch):
     if not fits:  # the data set, on the GPU
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-    training = Training(precision, grad_accum=2)
+    training = TrainingOnGpu(precision, grad_accum=2)
     assert isinstance(training.batches.images, torch.Tensor) == fits
     training.step()  # convolutions are tried out, libraries are loaded
     before = training.weights()
@@ -108,7 +104,7 @@ def test_a_training_step_waits_for_nothing(fits, precision, monkeypatch):
     assert losses.device.type == DEVICE.type
     assert torch.isfinite(losses).all()
     assert not torch.equal(before[0], training.weights()[0])
-    row = training.metrics.row(11, 88, 40, lr=1e-4)
+    row = training.state.metrics.row(11, 88, 40, lr=1e-4)
     assert 0.1 < row["loss"] < 10
     assert row["grad_norm"] > 0
 
@@ -119,10 +115,10 @@ def test_a_chain_waits_for_nothing(steps, precision):
     config = tiny()
     ddpm = DDPM(random_unet(config), config).to(DEVICE)
     with autocast(DEVICE, precision):
-        ddpm.sample(torch.randn(2, 3, 8, 8, device=DEVICE), 2)
+        ddim.sample(ddpm, torch.randn(2, 3, 8, 8, device=DEVICE), 2)
         with nothing_waits():
-            noise = ImageNoise(0, range(2), (3, 8, 8), DEVICE)
-            x = ddpm.sample(noise.next(), steps, noise=noise)
+            randn_like = ImageNoise(0, range(2), (3, 8, 8), DEVICE)
+            x = ddim.sample(ddpm, randn_like(), steps, randn_like=randn_like)
     assert x.shape == (2, 3, 8, 8)
     assert x.abs().max() <= 1.001
     assert x.std() > 0.01
@@ -161,7 +157,7 @@ def test_the_losses_are_those_of_a_cpu(precision):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_in_16_bits_convolutions_are_and_the_rest_is_not(precision):
-    training = Training(precision)
+    training = TrainingOnGpu(precision)
     dtypes = set()
     blocks = training.state.model.down
     convolutions = [m for m in blocks.modules() if isinstance(m, nn.Conv2d)]
@@ -174,7 +170,7 @@ def test_in_16_bits_convolutions_are_and_the_rest_is_not(precision):
 
 
 def test_fp16_trains_and_a_step_that_overflows_changes_no_weight():
-    training = Training("fp16")
+    training = TrainingOnGpu("fp16")
     before = training.weights()
     for _ in range(3):  # a first one may overflow too
         training.step()
@@ -187,20 +183,19 @@ def test_fp16_trains_and_a_step_that_overflows_changes_no_weight():
     assert training.state.step == 4
     assert training.state.scaler.get_scale() == pytest.approx(5e37)
     assert all(torch.equal(p, q) for p, q in zip(before, training.weights(), strict=True))
-    assert training.metrics.row(4, 32, 40, lr=1e-4)["grad_norm"] > 0  # of the steps before
+    assert training.state.metrics.row(4, 32, 40, lr=1e-4)["grad_norm"] > 0  # of the steps before
 
 
 def test_auto_is_bf16_where_it_is_native():
     native = torch.cuda.is_bf16_supported(including_emulation=False)
-    expected = "bf16" if native else "fp32"
-    assert select_precision("auto", DEVICE, Config(), training=True) == expected
+    assert (select_precision("auto", DEVICE) == "bf16") == native
 
 
 def test_the_noise_of_an_image_does_not_depend_on_its_batch():
     whole = ImageNoise(0, range(8), (3, 8, 8), DEVICE)
     alone = ImageNoise(0, [3], (3, 8, 8), DEVICE)
     for _ in range(40):
-        assert torch.equal(whole.next()[3:4], alone.next())
+        assert torch.equal(whole()[3:4], alone())
 
 
 # The scripts
@@ -211,9 +206,9 @@ def losses(run_dir: Path) -> list[float]:
 
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(pictures, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    succeeded(helpers.train(whole, **SHORT, **pictures))
-    succeeded(helpers.train(parts, **{**SHORT, "max_steps": 3}, **pictures))
-    succeeded(helpers.train(parts, "--resume", **SHORT, **pictures))
+    succeeded(train(whole, SHORT, pictures))
+    succeeded(train(parts, SHORT, pictures, max_steps=3))
+    succeeded(train(parts, SHORT, "--resume", pictures))
     assert latest(parts)["step"] == 6
     assert losses(parts) == pytest.approx(losses(whole), rel=0.01)
 
@@ -221,7 +216,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(pictures, tmp_path):
 @pytest.mark.parametrize("precision", ["auto", *PRECISIONS])
 def test_from_training_to_pictures_and_figures(precision, pictures, tmp_path):
     run = tmp_path / "run"
-    result = succeeded(helpers.train(run, precision=precision, **SHORT, **pictures))
+    result = succeeded(train(run, SHORT, pictures, precision=precision))
     assert f"1 x {torch.cuda.get_device_name()}" in result.stdout
     assert len(list((run / "samples").iterdir())) == 2
     common = ["--run_dir", str(run), "--precision", precision]
@@ -236,9 +231,10 @@ def test_from_training_to_pictures_and_figures(precision, pictures, tmp_path):
 
 
 def test_a_compiled_run_is_the_same_to_rounding(pictures, tmp_path):
+    start = partial(script, timeout=600)
     for setting in ("off", "on"):
-        line = command(tmp_path / setting, **SHORT, compile=setting, **pictures)
-        result = succeeded(script("train.py", *line, timeout=600, cwd=tmp_path))
+        run = tmp_path / setting
+        result = succeeded(train(run, SHORT, pictures, start=start, compile=setting))
     assert "torch.compile failed" not in result.stderr
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=0.01)
 
@@ -255,19 +251,18 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from test_gpu import DEVICE, Training
-from utils.cli import StopSignal
-from utils.device import from_first_process, start_processes
+from test_gpu import DEVICE, TrainingOnGpu
+from utils.process import StopSignal, from_first_process, start_processes
 
-plain = Training(grad_accum=2, dropout=0.0)
+plain = TrainingOnGpu(grad_accum=2, dropout=0.0)
 expected = [plain.step() for _ in range(3)]
 assert start_processes() == (0, 1)
 assert from_first_process(lambda: "said") == "said"
-wrapped = Training(grad_accum=2, dropout=0.0)
+wrapped = TrainingOnGpu(grad_accum=2, dropout=0.0)
 wrapped.ddpm.model = DistributedDataParallel(wrapped.state.model)
 got = [wrapped.step() for _ in range(3)]
 torch.testing.assert_close(torch.cat(got), torch.cat(expected), rtol=0.01, atol=0)
-assert wrapped.metrics.row(3, 24, 40, lr=1e-4)["loss"] > 0
+assert wrapped.state.metrics.row(3, 24, 40, lr=1e-4)["loss"] > 0
 assert not StopSignal().requested()
 backend = dist.distributed_c10d._get_default_group()._get_backend(DEVICE)
 assert "NCCL" in type(backend).__name__, backend
@@ -278,6 +273,6 @@ dist.destroy_process_group()
 def test_a_process_of_nccl_trains_as_one_alone(tmp_path):
     path = tmp_path / "one_of_many.py"
     path.write_text(ONE_OF_MANY)
-    line = [*python("torch.distributed.run"), "--standalone", "--nproc_per_node=1", str(path)]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment())
-    assert result.returncode == 0, result.stderr
+    line = torchrun(str(path), processes=1)
+    succeeded(subprocess.run(
+        line, capture_output=True, text=True, timeout=300, env=environment(), check=False))

@@ -1,49 +1,19 @@
-"""Sampling: every mode, few steps, the same picture every time."""
+"""inference.py: every mode, few steps, the same picture every time."""
 
-import hashlib
-import json
-import signal
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    begin,
-    called,
-    python,
-    random_unet,
-    refused,
-    succeeded,
-    tiny,
-    torchrun,
-    wait_for,
-)
+from helpers import arrays, called, infer, random_unet, refused, tiny
 from PIL import Image
 
 import inference
 from ddpm import DDPM
 from inference import slerp
 from utils.checkpoint import load_checkpoint, save_checkpoint
-
-
-def infer(checkpoint: Path, tmp_path: Path, *arguments):
-    line = ["--checkpoint", str(checkpoint), "--device", "cpu", "--precision", "fp32"]
-    line.extend(map(str, arguments))
-    return succeeded(called("inference.py", *line, cwd=tmp_path))
-
-
-def arrays(checkpoint: Path, tmp_path: Path, *arguments) -> np.ndarray:
-    """The samples [N, H, W, C], as numbers that can be subtracted."""
-    infer(checkpoint, tmp_path, "--npz", "x.npz", *arguments)
-    return np.load(tmp_path / "x.npz")["arr_0"].astype(int)
-
-
-def pngs(folder: Path) -> dict[str, str]:
-    paths = folder.glob("*.png")
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
+from utils.sampler import Sampler
 
 # The same picture every time
 
@@ -95,82 +65,6 @@ def test_each_flag_of_the_sampler_changes_the_picture(checkpoint, tmp_path):
     assert len(pictures) == 5
     whole_chain = arrays(checkpoint, tmp_path, "--num_samples", 2, "--steps", 30)
     assert whole_chain.tobytes() in pictures
-
-
-# --save_images
-
-@pytest.mark.parametrize(("count", "batch_size"), [(1, 1), (5, 2), (6, 3), (3, 64)])
-def test_save_images_writes_exactly_as_many(count, batch_size, checkpoint, tmp_path):
-    line = ("--num_samples", count, "--batch_size", batch_size, "--steps", 2)
-    infer(checkpoint, tmp_path, "--save_images", "out", *line)
-    assert sorted(pngs(tmp_path / "out")) == [f"{i:06}.png" for i in range(count)]
-    expected = arrays(checkpoint, tmp_path, *line)
-    for i in range(count):
-        image = np.asarray(Image.open(tmp_path / f"out/{i:06}.png"))
-        assert np.array_equal(image, expected[i])
-
-
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
-def test_save_images_of_one_pixel(channels, mode, tmp_path):
-    one_pixel = {"image_size": 1, "dim_mults": (1,), "attn_resolutions": ()}
-    config = tiny(channels=channels, **one_pixel)
-    weights = random_unet(config).state_dict()
-    path = tmp_path / "one_pixel.pth"
-    save_checkpoint({"config": asdict(config), "step": 1, "ema": weights}, path)
-    infer(path, tmp_path, "--save_images", "out", "--num_samples", 2, "--steps", 2)
-    image = Image.open(tmp_path / "out/000000.png")
-    assert (image.size, image.mode) == ((1, 1), mode)
-
-
-def test_save_images_goes_on_with_the_missing_ones(checkpoint, tmp_path):
-    line = ("--save_images", "out", "--num_samples", 6, "--batch_size", 1, "--steps", 2)
-    infer(checkpoint, tmp_path, *line)
-    whole = pngs(tmp_path / "out")
-    kept = tmp_path / "out/000003.png"
-    written = kept.stat().st_mtime_ns
-    (tmp_path / "out/000001.png").unlink()
-    (tmp_path / "out/000005.png").unlink()
-    infer(checkpoint, tmp_path, *line)
-    assert pngs(tmp_path / "out") == whole
-    assert kept.stat().st_mtime_ns == written
-
-
-@pytest.mark.parametrize(("line", "words"), [
-    (("--num_samples", "5", "--steps", "3"), ["out", "another folder"]),
-    (("--num_samples", "5", "--steps", "2", "--seed", "1"), ["out", "another folder"]),
-    (("--num_samples", "2", "--steps", "2"), ["beyond num_samples=2"]),
-])
-def test_save_images_never_mixes_two_kinds(line, words, checkpoint, tmp_path):
-    infer(checkpoint, tmp_path, "--save_images", "out", "--num_samples", 3, "--steps", 2)
-    before = pngs(tmp_path / "out")
-    base = ("--checkpoint", str(checkpoint), "--save_images", "out")
-    refused(called("inference.py", *base, *line, cwd=tmp_path), 1, *words)
-    assert pngs(tmp_path / "out") == before
-
-
-def test_four_processes_write_the_same_files_as_one(checkpoint, tmp_path):
-    line = ("--num_samples", 5, "--batch_size", 1, "--steps", 4, "--device", "cpu")
-    infer(checkpoint, tmp_path, *line, "--save_images", "one")
-    shared = ("--checkpoint", checkpoint, *line, "--save_images", "four")
-    process = begin(torchrun("inference.py", *shared, options=("--nproc_per_node=4",)), tmp_path)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert len(pngs(tmp_path / "four")) == 5
-    assert pngs(tmp_path / "one") == pngs(tmp_path / "four")
-
-
-def test_stopped_while_saving_images(checkpoint, tmp_path):
-    line = ["--checkpoint", str(checkpoint), "--save_images", "out", "--num_samples", "100000",
-            "--batch_size", "2"]
-    process = begin([*python("inference.py"), *line], tmp_path)
-    wait_for(tmp_path / "out/000002.png", process)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    for path in (tmp_path / "out").glob("*.png"):
-        Image.open(path).load()
-    assert json.loads((tmp_path / "out/sampled_with.json").read_text())["seed"] == 0
 
 
 # --mode process
@@ -302,14 +196,14 @@ def test_more_steps_than_remain_from_t_are_no_algorithm_2(two_pictures, checkpoi
 def test_interpolation_between_images_starts_exactly_at_t(checkpoint, tmp_path, monkeypatch):
     starts = []
 
-    def p_sample_loop(ddpm, x_t, t_start, noise):
+    def p_sample_loop(ddpm, x_t, t_start, randn_like):
         starts.append(t_start)
         yield 0, x_t
 
     monkeypatch.setattr(DDPM, "p_sample_loop", p_sample_loop)
     path = tmp_path / "grey.png"
     Image.new("RGB", (8, 8), (100, 100, 100)).save(path)
-    sampler = inference.Sampler(inference.parse_args(["--checkpoint", str(checkpoint)]))
+    sampler = Sampler(inference.parse_args(["--checkpoint", str(checkpoint)]))
     rows = inference.between_images(sampler, [path, path], [3, 17], fractions(5))
     assert starts == [3, 17]
     for row in rows:  # the same image and the same noise at both ends: all between is the same

@@ -1,13 +1,14 @@
-"""The network: size, shapes, wiring, gradients, and that it can learn."""
+"""The network: size, shapes, wiring, gradients, that it can learn, and what makes it fast."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import random_unet, tiny
 from torch import nn
 
 from config import PRESETS, Config
 from ddpm import DDPM
-from model import Attention, Downsample, ResBlock, UNet, sinusoid
+from model import Attention, Downsample, ResBlock, UNet, attend, sinusoid
 
 
 def parameters(config: Config) -> int:
@@ -143,3 +144,22 @@ def test_dropout_acts_in_training_mode_only():
     assert torch.equal(model(x, t), model(x, t))
     model.train()
     assert not torch.equal(model(x, t), model(x, t))
+
+
+# What is faster calculates the same
+
+def test_attention_is_the_same_by_hand():
+    q, k, v = torch.randn(3, 2, 1, 16, 32)
+    exact = F.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(attend(q, k, v), exact)
+    by_hand = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert (by_hand - exact).abs().max() < 0.03
+
+
+def test_the_memory_format_changes_rounding_alone(shape):
+    model = random_unet(tiny())
+    x_t = torch.randn(shape)
+    t = torch.tensor([1, 20, 3, 29])
+    plain = model(x_t, t)
+    model.to(memory_format=torch.channels_last)
+    assert (model(x_t, t) - plain).abs().max() < 1e-5 * plain.abs().max()

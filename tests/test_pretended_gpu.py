@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import ddim
 from data import Batches, mirror_half
 from ddpm import DDPM
 from evaluate import bits_per_dim
@@ -139,9 +140,9 @@ def test_a_training_step_copies_nothing(gpu):
 @pytest.mark.parametrize("steps", [None, 10])
 def test_a_chain_copies_nothing(steps, gpu):
     ddpm = ddpm_on_gpu()
-    noise = ImageNoise(0, range(2), (3, 8, 8), CUDA)
+    randn_like = ImageNoise(0, range(2), (3, 8, 8), CUDA)
     with Copies() as copies:
-        x = ddpm.sample(noise.next(), steps, noise=noise)
+        x = ddim.sample(ddpm, randn_like(), steps, randn_like=randn_like)
     assert x.device.type == "cuda"
     assert copies.found == []
 

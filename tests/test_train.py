@@ -6,22 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import random_unet, tiny
+from helpers import SHORT, metrics_rows, random_unet, succeeded, tiny, train
+from PIL import Image
 from torch import Tensor
 
 from config import Config
 from data import Batches, load_images, to_float
 from ddpm import DDPM, linear_beta_schedule
 from model import UNet
-from train import (
-    count_steps,
-    ema_decay,
-    grid_is_due,
-    kept_epoch,
-    learning_rate,
-    train_step,
-)
-from utils.checkpoint import TrainingState
+from train import TrainingState, count_steps, ema_decay, learning_rate, train_step
 from utils.cli import UserError
 from utils.randomness import derive_seed
 
@@ -31,7 +24,7 @@ NOISELESS = {"beta_start": 1e-8, "beta_end": 1e-8}  # so that x_t is x_start but
 
 
 class Training:
-    """What train.py sets up; and a record of what each step does."""
+    """It is what train.py sets up, and records what each step does."""
 
     def __init__(
         self, config: Config, images: np.ndarray | None = None, rank: int = 0, world_size: int = 1
@@ -40,7 +33,7 @@ class Training:
             images = np.full((1, 3, 8, 8), GREY, np.uint8)
         self.config = config
         self.batches = Batches(images, config, CPU, rank, world_size)
-        self.state = TrainingState(config, CPU, config.precision)
+        self.state = TrainingState(config, CPU)
         torch.manual_seed(1)
         self.state.model.load_state_dict(random_unet(config).state_dict())
         self.ddpm = DDPM(self.state.model, config)
@@ -61,7 +54,7 @@ class Training:
         self.rates.append(group["lr"])
 
     def step(self) -> tuple[Tensor, Tensor, Tensor]:
-        return train_step(self.ddpm, self.state, self.batches, self.config, self.config.precision)
+        return train_step(self.ddpm, self.state, self.batches, self.config)
 
     def recorded(self) -> tuple[Tensor, Tensor, Tensor]:
         """All x_t, t and pred_noise that the network saw or said."""
@@ -283,7 +276,7 @@ def draws_of(training: Training, steps: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def test_ranks_draw_different_timesteps_and_noise():
-    """Of one image, so that nothing else tells their batches apart."""
+    """Both see one image alone, so that nothing else tells their batches apart."""
     config = tiny(batch_size=32)
     draws = [draws_of(Training(config, rank=rank, world_size=2)) for rank in (0, 1)]
     (t_0, x_t_0), (t_1, x_t_1) = draws
@@ -324,7 +317,7 @@ def test_the_first_weights_follow_from_the_seed():
     torch.manual_seed(derive_seed("weights", config.seed))
     expected = UNet(config).state_dict()
     torch.manual_seed(5)
-    state = TrainingState(config, CPU, "fp32")
+    state = TrainingState(config, CPU)
     for weights in (state.model.state_dict(), state.ema.state_dict()):
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -378,7 +371,7 @@ def test_a_step_counts_itself_and_its_images():
     ({}, 0, 0, 10),  # 4 epochs of 10 images, 4 of them per step
     ({"epochs": 3}, 0, 0, 8),  # the last one shows 2 more
     ({"batch_size": 16}, 0, 0, 3),
-    ({"batch_size": 2}, 5, 20, 15),  # was 4 before
+    ({"batch_size": 2}, 5, 20, 15),  # after steps of 4
     ({"batch_size": 8}, 5, 20, 8),
     ({"max_steps": 7}, 5, 20, 7),
     ({}, 10, 40, 10),
@@ -386,7 +379,7 @@ def test_a_step_counts_itself_and_its_images():
 ])
 def test_epochs_are_counted_in_images(settings, step, images_seen, total):
     config = tiny(**{"epochs": 4, **settings})
-    state = TrainingState(config, CPU, "fp32")
+    state = TrainingState(config, CPU)
     state.step, state.images_seen = step, images_seen
     assert count_steps(config, state, num_images=10) == total
 
@@ -394,37 +387,10 @@ def test_epochs_are_counted_in_images(settings, step, images_seen, total):
 @pytest.mark.parametrize("settings", [{"epochs": 2}, {"max_steps": 9}])
 def test_less_than_what_is_done_is_refused(settings):
     config = tiny(**settings)
-    state = TrainingState(config, CPU, "fp32")
+    state = TrainingState(config, CPU)
     state.step, state.images_seen = 10, 40
     with pytest.raises(UserError, match="is impossible: the run has"):
         count_steps(config, state, num_images=10)
-
-
-@pytest.mark.parametrize(("batch_size", "save_every", "num_images", "expected"), [
-    (4, 1, 10, [0, 0, 1, 0, 2, 0, 0, 3]),
-    (5, 1, 10, [0, 1, 0, 2, 0, 3]),
-    (4, 2, 10, [0, 0, 0, 0, 2, 0, 0, 0, 0, 4]),
-    (4, 0, 10, [0, 0, 0, 0]),
-    (4, 2, 1, [4, 8, 12]),  # several epochs per step
-    (4, 8, 1, [0, 8, 0, 16]),
-])
-def test_the_epochs_that_are_kept(batch_size, save_every, num_images, expected):
-    config = tiny(batch_size=batch_size, save_every=save_every)
-    after_each_step = [batch_size * (k + 1) for k in range(len(expected))]
-    kept = [kept_epoch(config, images_seen, num_images) for images_seen in after_each_step]
-    assert kept == expected
-
-
-def test_when_a_grid_is_drawn(tmp_path):
-    config = tiny(sample_every=10, run_dir=str(tmp_path))
-    assert not grid_is_due(config, 0, first_step=0)
-    assert not grid_is_due(config, 15, first_step=0)
-    assert grid_is_due(config, 20, first_step=0)
-    assert grid_is_due(config, 20, first_step=20)  # stopped before it was drawn
-    (tmp_path / "samples").mkdir()
-    (tmp_path / "samples/sample_step_20.png").touch()
-    assert not grid_is_due(config, 20, first_step=20)
-    assert not grid_is_due(tiny(sample_every=0), 20, first_step=0)
 
 
 # It learns
@@ -435,3 +401,53 @@ def test_the_loss_falls():
     losses = [training.step()[0].mean().item() for _ in range(60)]
     assert losses[0] == pytest.approx(1, abs=0.1)
     assert np.mean(losses[-10:]) < 0.6
+
+
+# The script
+
+def test_grids_become_training_data_with_a_warning_alone(pictures, tmp_path):
+    inside = pictures["data"] / "run"
+    result = succeeded(train(inside, SHORT, pictures, max_steps=1, sample_every=1))
+    assert "will be among the images" in result.stderr
+    of_its_grids = {**pictures, "data": inside / "samples", "max_steps": 2}
+    result = succeeded(train(inside, SHORT, "--resume", of_its_grids))
+    assert "will be among the images" in result.stderr
+    result = succeeded(train(tmp_path / "run", SHORT, pictures, max_steps=1))
+    assert "will be among the images" not in result.stderr
+
+
+@pytest.mark.parametrize("settings", [
+    {"beta_schedule": "cosine", "channels": 1, "variance": "fixed_small"},
+    {"batch_size": 6, "grad_accum": 3},
+    {"precision": "bf16"},
+    {"precision": "fp16"},
+    {"batch_size": 1, "save_minutes": 0.0},
+    {"sample_every": 0, "save_every": 0, "grad_clip": 0.0, "attn_resolutions": ()},
+    {"horizontal_flip": False, "sample_steps": 30},
+    {"sample_steps": 100},  # more than there are timesteps: the whole chain
+])
+def test_settings_that_run(settings, tmp_path):
+    common = {"max_steps": 3, "log_every": 1, "sample_every": 2}
+    succeeded(train(tmp_path / "run", common, settings))
+    assert len(metrics_rows(tmp_path / "run")) == 3
+
+
+def test_a_single_image(tmp_path):  # fewer than a batch
+    Image.new("RGB", (5, 5)).save(tmp_path / "one.png")
+    succeeded(train(tmp_path / "run", data=tmp_path, epochs=8, log_every=1))
+    assert [row[:2] for row in metrics_rows(tmp_path / "run")] == [["1", "4"], ["2", "8"]]
+
+
+def test_the_same_settings_give_the_same_run_and_others_another(tmp_path):
+    losses = {}
+    for name, settings in {
+        "first": {},
+        "second": {},
+        "seed": {"seed": 1},
+        "flip": {"horizontal_flip": False},
+        "warm-up": {"warmup_steps": 5},
+    }.items():
+        succeeded(train(tmp_path / name, settings, max_steps=6, log_every=6))
+        losses[name] = metrics_rows(tmp_path / name)[0][2]
+    assert losses["first"] == losses["second"]
+    assert len(set(losses.values())) == 4

@@ -23,7 +23,8 @@ import torch
 from config import Config, level_sizes
 from model import ResBlock, UNet
 from utils.checkpoint import load_network, save_checkpoint
-from utils.cli import CommandLine, UserError, brief, run
+from utils.cli import CommandLine, UserError, brief
+from utils.process import run_script
 
 # Our layer name -> diffusers' name(s); qkv is one layer here and three there.
 OUTER_LAYERS = {
@@ -81,7 +82,7 @@ def weight_names(model: UNet) -> dict[str, list[str]]:
 # Settings
 
 def unet_settings(config: Config) -> dict[str, Any]:
-    """The arguments of UNet2DModel.  Raises UserError where it has no such network."""
+    """The arguments of UNet2DModel.  Raises UserError if diffusers has no such network."""
     if config.dim_mults[0] != 1:
         raise UserError(
             f"dim_mults={config.dim_mults} cannot be expressed in diffusers: its first level is as "
@@ -128,7 +129,7 @@ def scheduler_settings(config: Config) -> dict[str, Any]:
 def nearest_config(unet: dict[str, Any], scheduler: dict[str, Any]) -> Config:
     """The Config that comes nearest to their settings.
 
-    Where these make no sense it may raise anything.
+    It may raise anything if these make no sense.
     """
     size = unet["sample_size"]
     widths = unet["block_out_channels"]
@@ -243,7 +244,7 @@ def from_diffusers(folder: Path, path: Path, diffusers: ModuleType) -> None:
 
 
 def read_weights(folder: Path, diffusers: ModuleType) -> dict[str, torch.Tensor]:
-    """Of the UNet2DModel in the folder.  Raises UserError where they are not all there."""
+    """The weights of the UNet2DModel in the folder.  Raises UserError if one is missing."""
     try:
         unet, problems = diffusers.UNet2DModel.from_pretrained(
             str(folder), output_loading_info=True, local_files_only=True)
@@ -268,13 +269,10 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         raise UserError("diffusers is not installed: pip install diffusers") from error
     diffusers.logging.set_verbosity_error()
-    try:
-        directions[args.direction](args.source, args.target, diffusers)
-    except OSError as error:
-        raise UserError(f"{args.target} cannot be written: {brief(error)}") from error
+    directions[args.direction](args.source, args.target, diffusers)
     print(args.target)
     return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

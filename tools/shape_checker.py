@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cli import CommandLine, UserError, run
+from utils.cli import CommandLine, UserError
+from utils.process import run_script
 
 SHAPES = ("circle", "square", "triangle")
 SUBPIXELS = 8
@@ -86,4 +87,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

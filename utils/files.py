@@ -6,14 +6,12 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
-
-from utils.cli import UserError, warn
+from utils.cli import UserError
 
 try:
     import fcntl
@@ -45,12 +43,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def remove_left_overs(folder: Path, names: str, seconds: float = 0) -> None:
-    """What atomic_write of files of these names (a pattern) left behind where it was killed.
+def remove_left_overs(folder: Path, pattern: str, seconds: float = 0) -> None:
+    """Remove what atomic_write left behind when it was killed: pattern is that of its files' names.
 
     Others' files are left alone, and those younger than seconds: somebody may be writing them.
     """
-    made_here = re.compile(rf"({names})\.[0-9a-f]{{8}}\.tmp")
+    made_here = re.compile(rf"({pattern})\.[0-9a-f]{{8}}\.tmp")
     for path in folder.iterdir():
         if made_here.fullmatch(path.name) and path.is_file():
             with suppress(FileNotFoundError):  # its writer has just finished
@@ -65,8 +63,6 @@ def make_writable(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
     if path.suffix == ".pth" and path.exists():
         raise FileExistsError(errno.EEXIST, "Is a checkpoint", str(path))
-    if path.exists() and not path.is_file():  # /dev/null would be replaced
-        raise OSError(errno.EINVAL, "Not a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     trial = temporary_name(path)
     trial.touch()
@@ -77,7 +73,7 @@ def make_writable(path: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder inside.  The lock is the system's: it dies with the process.
 
-    Raises UserError where another process holds it.
+    Raises UserError if another process holds it.
     """
     if fcntl is None:
         yield
@@ -101,28 +97,3 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     text = json.dumps(values, indent=2) + "\n"
     with atomic_write(path) as file:
         file.write(text.encode())
-
-
-def save_png(picture: Image.Image, path: Path) -> None:
-    with atomic_write(path) as file:
-        picture.save(file, "PNG")
-
-
-class PatientWriter:
-    """Writes what a run writes.
-
-    Where the disk refuses it warns, goes on, and leaves what was there before; the next write of
-    that path is the next try.
-    """
-
-    def __init__(self) -> None:
-        self.unwritten: set[Path] = set()
-
-    def write(self, path: Path, save: Callable[[Path], None]) -> None:
-        try:
-            save(path)
-        except OSError as error:
-            self.unwritten.add(path)
-            warn(f"{path} could not be written ({error}); what was there before is still there")
-        else:
-            self.unwritten.discard(path)

@@ -1,11 +1,10 @@
 """What is measured while training: sums on the device, and metrics.csv made from them.
 
     metrics.add(losses, t, grad_norm)             each step, without waiting for the device
-    file.write_row(metrics.row(...))              every log_every steps
+    file.add(metrics.row(...)); file.save(path)   every log_every steps
 """
 
 import math
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from utils.cli import UserError, warn
-from utils.files import PatientWriter, atomic_write
+from utils.files import atomic_write
 
 COLUMNS = ("step", "epoch", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "lr", "grad_norm",
            "images_per_sec")
@@ -67,12 +66,12 @@ class Metrics:
         return dict(zip(COLUMNS, values, strict=True))
 
     def check_finite(self, step: int) -> None:
-        """Raises UserError where a loss or a gradient since the last row was not."""
+        """Raise UserError if a loss or a gradient since the last row was not."""
         if not math.isfinite(self.sums.sum().item()):
-            raise not_finite(step)
+            raise not_finite_error(step)
 
 
-def not_finite(step: int) -> UserError:
+def not_finite_error(step: int) -> UserError:
     return UserError(
         f"the loss, its gradient or the weights are not finite at step {step}: try a lower "
         "--learning_rate, --grad_clip 1, or --precision fp32; latest.pth is as it was before")
@@ -81,18 +80,13 @@ def not_finite(step: int) -> UserError:
 class MetricsFile:
     """metrics.csv, written anew as a whole for each row; and the same for TensorBoard."""
 
-    def __init__(self, path: Path, step: int, tensorboard: bool, writer: PatientWriter) -> None:
-        self.path = path
-        self.writer = writer
-        self.lines = read_rows(path, step) if path.is_file() else []
+    def __init__(self, path: Path, step: int, tensorboard: bool) -> None:
+        self.lines = read_rows(path, step) if path.is_file() else [",".join(COLUMNS)]
         self.tensorboard = open_tensorboard(path.parent, step) if tensorboard else None
 
-    def write_row(self, row: dict[str, float]) -> None:
-        if not self.lines:
-            self.lines.append(",".join(COLUMNS))
+    def add(self, row: dict[str, float]) -> None:
         values = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()]
         self.lines.append(",".join(values))
-        self.writer.write(self.path, self.save)
         try:
             if self.tensorboard:
                 for name in row.keys() - {"step"}:
@@ -109,24 +103,15 @@ class MetricsFile:
 def read_rows(path: Path, step: int) -> list[str]:
     """The header and the rows up to step: a resumed run writes those after it again.
 
-    Raises UserError where a line is not as this project writes it, rather than leave it out.
+    Raises UserError if the file has other columns.
     """
-    text = path.read_bytes().decode("utf-8-sig", errors="replace")
-    lines = text.splitlines()
-    if not lines:
-        return []
-    kept = lines[:1]
-    for number, line in enumerate(lines, start=1):
-        values = line.split(",")
-        is_header = number == 1 and values == list(COLUMNS)
-        is_number = re.fullmatch("[0-9]{1,10}", values[0])
-        is_row = number > 1 and len(values) == len(COLUMNS) and is_number
-        if not is_header and not is_row:
-            raise UserError(f"{path} has been changed: line {number} is not as this project writes "
-                            "it; mend that, or move the file away")
-        if is_row and int(values[0]) <= step:
-            kept.append(line)
-    return kept
+    header, *lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines() or [""]
+    if header != ",".join(COLUMNS):
+        raise UserError(f"{path} is not as this project writes it: move it away")
+    steps = [line.split(",")[0] for line in lines]
+    kept = [line for line, number in zip(lines, steps, strict=True)
+            if number.isdecimal() and int(number) <= step]
+    return [header, *kept]
 
 
 def open_tensorboard(run_dir: Path, step: int) -> Any:

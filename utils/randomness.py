@@ -13,8 +13,9 @@ seed that can be computed again:
 At the start of step k torch is seeded for that step; flips, t, noise and
 dropout follow from it.  So a run that is stopped and resumed draws what it would
 have drawn without the stop: on a CPU, with the same settings and number of
-threads, not a bit differs.  Image i draws everything from (seed, i), so it comes
-out the same for every batch size, number of processes and number of images.
+threads, not a bit differs.  Image i draws everything from (seed, i), so but for
+rounding it comes out the same for every batch size, number of processes and
+number of images.
 """
 
 import math
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# A seed depends on the place of its use here: new ones go to the end.
 USES = ("weights", "step", "epoch", "image", "shapes", "timesteps")
 
 
@@ -38,9 +40,9 @@ def derive_seed(use: str, *numbers: int) -> int:
 class ImageNoise:
     """Standard normal noise for a batch of images, each from a generator of its own.
 
-    noise = ImageNoise(seed, range(8), (3, 32, 32), device)
-    x_T = noise.next()                # [8, 3, 32, 32]
-    ddpm.sample(x_T, noise=noise)     # asks noise(t) in each step that adds noise, in order
+    randn_like = ImageNoise(seed, range(8), (3, 32, 32), device)
+    x_T = randn_like()                            # [8, 3, 32, 32]
+    ddpm.sample(x_T, randn_like=randn_like)       # one draw more in each step
 
     An image's draws do not depend on the batch around it.  Equal indices share
     all their noise.
@@ -61,14 +63,10 @@ class ImageNoise:
         self.steps_per_draw = max(1, min(32, 2**20 // math.prod(shape)))
         self.buffer: list[Tensor] = []
 
-    def next(self) -> Tensor:
-        """The next draw of every image, [B, C, H, W]."""
+    def __call__(self, x_t: Tensor | None = None) -> Tensor:
+        """The next draw of every image [B, C, H, W]: like x_t, which is not looked at."""
         if not self.buffer:
             size = (self.steps_per_draw, *self.shape)
             draws = [torch.randn(size, generator=g, device=self.device) for g in self.generators]
             self.buffer = list(torch.stack(draws, dim=1))[::-1]
         return self.buffer.pop()
-
-    def __call__(self, t: int) -> Tensor:
-        """The noise of the step at t: simply the next draw, t is not used."""
-        return self.next()

@@ -1,0 +1,287 @@
+"""Where it runs: the rule behind precision auto, which --resume keeps; memory format; compiling."""
+
+import math
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    called,
+    differing,
+    environment,
+    everything,
+    flags,
+    latest,
+    metrics_rows,
+    refused,
+    script,
+    succeeded,
+    succeeds_under_torchrun,
+    train,
+)
+from torch import nn
+
+from utils import device
+from utils.device import fastest_precision, maybe_compile, memory_format, select_precision
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+AUTO = {"precision": "auto", "log_every": 1, "sample_every": 2, "save_every": 0}
+
+
+# The rule
+
+def cpuinfo(vendor: str, features: str) -> str:
+    """The file has such a part for every core."""
+    core = f"vendor_id\t: {vendor}\nmodel name\t: a CPU\nflags\t\t: fpu avx2 {features}\n\n"
+    return core * 2
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    (cpuinfo("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile"), "bf16"),
+    (cpuinfo("GenuineIntel", "avx512f avx512_bf16"), "fp32"),
+    (cpuinfo("GenuineIntel", "avx512f"), "fp32"),
+    (cpuinfo("GenuineIntel", ""), "fp32"),
+    (cpuinfo("AuthenticAMD", "avx512f avx512_bf16"), "bf16"),
+    (cpuinfo("AuthenticAMD", "avx512f"), "fp32"),
+    (cpuinfo("AuthenticAMD", ""), "fp32"),
+    ("CPU implementer\t: 0x41\nFeatures\t: fp asimd bf16\n", "fp32"),
+    (None, "fp32"),  # a system without the file
+])
+def test_a_cpu_takes_bf16_where_it_is_fast(text, expected, tmp_path, monkeypatch):
+    pretended = tmp_path / "cpuinfo"
+    if text is not None:
+        pretended.write_text(text)
+    files = {"/proc/cpuinfo": pretended}
+    monkeypatch.setattr(device, "Path", lambda name: files[name])
+    assert fastest_precision(CPU) == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [
+    ((12, 0), "bf16"),
+    ((9, 0), "bf16"),
+    ((8, 6), "bf16"),
+    ((8, 0), "bf16"),
+    ((7, 5), "fp16"),
+    ((7, 0), "fp16"),
+    ((6, 1), "fp32"),
+])
+def test_a_gpu_takes_16_bits_where_it_has_them(capability, expected, monkeypatch):
+    capabilities = {CUDA: capability}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capabilities[gpu])
+    assert fastest_precision(CUDA) == expected
+
+
+def test_an_apple_gpu_takes_fp32():
+    assert fastest_precision(torch.device("mps")) == "fp32"
+
+
+# The choice
+
+def rule_says(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on this is the fastest on every device."""
+    monkeypatch.setattr(device, "fastest_precision", lambda _: precision)
+
+
+@pytest.mark.parametrize("fastest", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_auto_is_what_the_rule_says(kind, fastest, monkeypatch, capsys):
+    rule_says(fastest, monkeypatch)
+    assert select_precision("auto", torch.device(kind)) == fastest
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("kind", "fastest", "name", "is_slow"), [
+    ("cpu", "fp32", "fp32", False),
+    ("cpu", "fp32", "bf16", True),
+    ("cpu", "fp32", "fp16", True),
+    ("cpu", "bf16", "fp32", False),
+    ("cpu", "bf16", "bf16", False),
+    ("cpu", "bf16", "fp16", True),
+    ("cuda", "bf16", "fp32", False),
+    ("cuda", "bf16", "bf16", False),
+    ("cuda", "bf16", "fp16", False),
+    ("cuda", "fp16", "fp32", False),
+    ("cuda", "fp16", "bf16", True),
+    ("cuda", "fp16", "fp16", False),
+    ("cuda", "fp32", "bf16", True),
+    ("cuda", "fp32", "fp16", False),
+    ("mps", "fp32", "bf16", False),
+    ("mps", "fp32", "fp16", False),
+])
+def test_what_is_asked_for_is_taken_and_said_to_be_slow_where_it_is(
+    kind, fastest, name, is_slow, monkeypatch, capsys
+):
+    rule_says(fastest, monkeypatch)
+    assert select_precision(name, torch.device(kind)) == name
+    warning = f"warning: {name} is slow on this {kind}: --precision auto takes {fastest}\n"
+    assert capsys.readouterr().err == (warning if is_slow else "")
+
+
+CHOICE = """
+import torch
+
+from utils import device
+from utils.process import run_script, start_processes
+
+def main():
+    rank, world_size = start_processes()
+    device.fastest_precision = lambda _: "bf16" if rank == 0 else "fp32"
+    choice = device.select_precision("auto", torch.device("cpu"))
+    assert choice == "bf16", choice
+    return 0
+
+run_script(main)
+"""
+
+
+def test_the_first_process_chooses_for_all(tmp_path):
+    succeeds_under_torchrun(CHOICE, tmp_path)
+
+
+# The scripts
+
+def resume(run_dir: Path, **changes) -> subprocess.CompletedProcess:
+    """All but these settings comes from latest.pth."""
+    line = flags(run_dir=run_dir, **changes)
+    return called("train.py", "--resume", *line, cwd=run_dir.parent)
+
+
+def saved_precision(run_dir: Path) -> str:
+    return latest(run_dir)["config"]["precision"]
+
+
+@pytest.mark.parametrize("fastest", ["bf16", "fp16", "fp32"])
+def test_the_choice_is_printed_and_saved(fastest, pictures, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    rule_says(fastest, monkeypatch)
+    result = succeeded(train(run, AUTO, pictures, max_steps=1))
+    assert f"on 1 x cpu in {fastest}" in result.stdout
+    assert saved_precision(run) == fastest
+    final = run / "checkpoints/final_model.pth"
+    assert torch.load(final, weights_only=True)["config"]["precision"] == fastest
+
+
+@pytest.mark.parametrize(("fastest", "elsewhere"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_a_resumed_run_keeps_the_choice_and_not_a_bit_differs(
+    fastest, elsewhere, pictures, tmp_path, monkeypatch
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    rule_says(fastest, monkeypatch)
+    succeeded(train(whole, AUTO, pictures, max_steps=4))
+    succeeded(train(parts, AUTO, pictures, max_steps=2))
+    rule_says(elsewhere, monkeypatch)  # as on another machine
+    result = succeeded(resume(parts, max_steps=4))
+    assert "precision" not in result.stdout
+    assert saved_precision(parts) == saved_precision(whole) == fastest
+    assert differing(everything(parts), everything(whole)) == []
+
+
+def test_a_resumed_run_chooses_anew_where_auto_is_asked_for(pictures, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    rule_says("fp32", monkeypatch)
+    succeeded(train(run, AUTO, pictures, max_steps=1))
+    rule_says("bf16", monkeypatch)
+    result = succeeded(resume(run, precision="auto", max_steps=2))
+    assert "precision fp32 -> auto" in result.stdout
+    assert "in bf16" in result.stdout
+    assert saved_precision(run) == "bf16"
+
+
+@pytest.mark.parametrize("fastest", ["bf16", "fp32"])
+def test_sampling_and_evaluating_choose_too(fastest, checkpoint, tmp_path, monkeypatch):
+    rule_says(fastest, monkeypatch)
+    common = flags(checkpoint=checkpoint, device="cpu")
+    result = succeeded(called("inference.py", *common, "--num_samples", "1", cwd=tmp_path))
+    assert f"on 1 x cpu in {fastest}" in result.stdout
+    line = [*common, *flags(metric="bpd", num_images=1, timesteps_per_image=1)]
+    result = succeeded(called("evaluate.py", *line, cwd=tmp_path))
+    assert result.stdout.split("precision")[1].split()[0] == fastest
+
+
+# The memory format
+
+def test_in_16_bits_a_cpu_is_faster_without_channels_last():
+    assert memory_format(CPU, "bf16") == torch.contiguous_format
+    assert memory_format(CPU, "fp16") == torch.contiguous_format
+    assert memory_format(CPU, "fp32") == torch.channels_last
+    assert memory_format(CUDA, "bf16") == torch.channels_last
+
+
+# Compiling
+
+@pytest.mark.parametrize(("setting", "kind", "steps", "expected"), [
+    ("auto", "cuda", 2000, True),
+    ("auto", "cuda", 1999, False),  # fewer steps than pay for it
+    ("auto", "cpu", math.inf, False),
+    ("on", "cpu", 1, True),
+    ("off", "cuda", math.inf, False),
+])
+def test_auto_compiles_on_a_gpu_where_the_steps_pay_for_it(setting, kind, steps, expected):
+    networks = [nn.Identity(), nn.Identity()]
+    maybe_compile(setting, torch.device(kind), steps, *networks)
+    for network in networks:
+        assert (network._compiled_call_impl is not None) == expected
+
+
+COMPILED = {
+    "dim_mults": (1,),
+    "attn_resolutions": (8,),
+    "max_steps": 3,
+    "log_every": 1,
+    "sample_every": 3,
+}
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [float(row[2]) for row in metrics_rows(run_dir)]
+
+
+def compiled_run(tmp_path: Path, **changes: str) -> subprocess.CompletedProcess:
+    """It trains without and with --compile on, to equal losses, and returns the latter."""
+    for setting in ("off", "on"):
+        start = in_minutes(tmp_path, **changes)
+        result = succeeded(train(tmp_path / setting, COMPILED, start=start, compile=setting))
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-4)
+    return result
+
+
+def in_minutes(tmp_path: Path, **changes: str) -> Callable[..., subprocess.CompletedProcess]:
+    """A script that is started by it has time to compile, and a cache of its own."""
+    env = environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), **changes)
+    return partial(script, timeout=600, env=env)
+
+
+@pytest.mark.slow
+def test_where_compiling_fails_it_says_so_and_goes_on(tmp_path):
+    result = compiled_run(tmp_path, CXX="/bin/false")
+    warnings = result.stderr.count("torch.compile failed")
+    parts = 14 if torch.__version__.startswith("2.4.") else 2  # training and the grid, or more
+    assert 1 <= warnings <= parts
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_to_rounding(tmp_path):
+    result = compiled_run(tmp_path)
+    assert "torch.compile failed" not in result.stderr
+    assert list((tmp_path / "cache").rglob("*.so"))
+    state = latest(tmp_path / "on")
+    for key in [*state["ema"], *state["model"]]:
+        assert "_orig_mod" not in key
+
+    line = flags(run_dir="on", num_samples=2, compile="on")
+    succeeded(in_minutes(tmp_path)("inference.py", *line, cwd=tmp_path))
+    assert (tmp_path / "outputs/samples.png").exists()
+
+
+# The device
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(tmp_path):
+    refused(train(tmp_path / "run", device="cuda"), 1, "cuda", "--device cpu")
+    result = called("inference.py", "--device", "cuda", cwd=tmp_path)
+    refused(result, 1, "cuda", "--device cpu")

@@ -1,0 +1,298 @@
+"""utils/image_cache.py: folders of pictures, decoded once, and every kind of picture."""
+
+import io
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import coloured_pictures
+from PIL import Image
+
+from utils import image_cache
+from utils.cli import UserError
+from utils.image_cache import load_folder, read_picture, refuse_other_sizes, to_square
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """It is nested, its endings are of both cases, and its images are of grey 10, 20, ..."""
+    names = ["x.png", "a/y.JPG", "a/b/z.WebP", "a/b/u.bmp", "a/v.tiff", "w.gif", "a/q.JPEG"]
+    root = tmp_path / "pictures"
+    (root / "a" / "b").mkdir(parents=True)
+    for i, name in enumerate(names):
+        grey = 10 * i + 10
+        Image.new("RGB", (20, 12), (grey, grey, grey)).save(root / name, lossless=True)
+    (root / "notes.txt").write_text("not an image")
+    return root
+
+
+def loaded(folder: Path, size: int = 8, channels: int = 3) -> np.ndarray:
+    return load_folder(folder, folder.parent / "data", size, channels)
+
+
+def damage(folder: Path) -> None:
+    """Add two images that cannot be read."""
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (folder / "half.jpg").write_bytes((folder / "a/y.JPG").read_bytes()[:200])
+
+
+def test_a_folder_nested_and_of_any_format(folder):
+    images = loaded(folder)
+    assert images.shape == (7, 3, 8, 8)
+    assert images.dtype == np.uint8
+    greys = sorted(image.mean() for image in images)
+    assert greys == pytest.approx([10, 20, 30, 40, 50, 60, 70], abs=2)
+
+
+def test_a_folder_in_grey_and_of_another_size(folder):
+    assert loaded(folder, size=16, channels=1).shape == (7, 1, 16, 16)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_folder_is_decoded_once(damaged, folder, monkeypatch):
+    if damaged:
+        damage(folder)
+    first = np.array(loaded(folder))
+    monkeypatch.setattr(image_cache, "to_square", None)
+    again = loaded(folder)
+    assert np.array_equal(again, first)
+    assert isinstance(again, np.memmap)  # it may be larger than memory
+
+
+def test_a_folder_that_changed_is_decoded_anew(folder):
+    assert len(loaded(folder)) == 7
+    Image.new("RGB", (20, 20)).save(folder / "new.png")
+    assert len(loaded(folder)) == 8
+    (folder / "x.png").unlink()
+    assert len(loaded(folder)) == 7
+    Image.new("RGB", (20, 20), "white").save(folder / "new.png")
+    assert loaded(folder).max() == 255
+
+
+def test_each_size_and_number_of_channels_has_a_cache_of_its_own(folder):
+    for size, channels in ((8, 3), (8, 1), (16, 3), (8, 3)):
+        images = loaded(folder, size, channels)
+        assert images.shape == (7, channels, size, size)
+    assert len(list((folder.parent / "data").iterdir())) == 3
+
+
+@pytest.mark.parametrize("lost", [1, 100, 8 * 8 * 3, 10**6])
+def test_a_truncated_cache_is_made_anew(lost, folder):
+    first = np.array(loaded(folder))
+    (cache,) = (folder.parent / "data").glob("pictures-*.images")
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[:-lost])
+    assert np.array_equal(loaded(folder), first)
+    assert list(cache.parent.iterdir()) == [cache]
+    assert cache.read_bytes() == whole
+
+
+def test_left_overs_of_a_killed_process_are_removed_once_they_are_old(folder):
+    loaded(folder)
+    (cache,) = (folder.parent / "data").iterdir()
+    old = cache.with_name(f"{cache.name}.01234567.tmp")
+    young = cache.with_name(f"{cache.name}.89abcdef.tmp")
+    of_others = cache.with_name("old.tmp")
+    for path, age in ((old, 7200), (young, 60), (of_others, 7200)):
+        path.write_bytes(b"half")
+        then = time.time() - age
+        os.utime(path, (then, then))
+    cache.unlink()
+    loaded(folder)
+    assert not old.exists()
+    assert young.exists()
+    assert of_others.exists()
+
+
+def test_a_few_damaged_images_are_skipped_and_named(folder, capfd):
+    damage(folder)
+    images = loaded(folder)
+    assert sorted(image.mean() for image in images) == pytest.approx(range(10, 80, 10), abs=2)
+    errors = capfd.readouterr().err
+    assert "broken.png (not an image)" in errors
+    assert "half.jpg" in errors
+    loaded(folder)  # from the cache, where they are missing too
+    assert "2 of 9 images" in capfd.readouterr().err
+
+
+def test_an_image_that_cannot_be_read_today_is_not_left_out_for_ever(folder, monkeypatch):
+    read_bytes = Path.read_bytes
+
+    def broken(path: Path) -> bytes:
+        if path.name == "y.JPG":
+            raise OSError(5, "Input/output error", str(path))
+        return read_bytes(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", broken)
+        with pytest.raises(OSError, match="y.JPG"):
+            loaded(folder)
+    assert len(loaded(folder)) == 7
+
+
+def test_linked_folders_belong_to_it_and_a_loop_of_links_ends(folder, tmp_path):
+    coloured_pictures(tmp_path / "more", count=3)
+    (folder / "linked").symlink_to(tmp_path / "more")
+    (folder / "a" / "again").symlink_to(folder)
+    assert len(loaded(folder)) == 10
+
+
+@pytest.mark.parametrize(("name", "word"), [("empty", "no image"), ("bad", "bad.png")])
+def test_a_folder_without_images_is_refused(name, word, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/bad.png").write_bytes(b"junk")
+    with pytest.raises(UserError, match=word) as error:
+        loaded(tmp_path / name)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("data/*"))
+
+
+def test_a_sub_folder_that_cannot_be_read_is_not_left_out_without_a_word(folder, monkeypatch):
+    scandir = os.scandir
+    (folder / "locked").mkdir()
+
+    def refusing(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refusing)
+    with pytest.raises(PermissionError, match="locked"):
+        loaded(folder)
+
+
+# Where no image may be resized
+
+def test_a_folder_of_one_size_passes_the_check_of_sizes(tmp_path):
+    folder = coloured_pictures(tmp_path / "pictures")
+    refuse_other_sizes(folder, 8)
+    assert loaded(folder)[3][:, 0, 0].tolist() == [72, 100, 200]
+
+
+@pytest.mark.parametrize("size", [(9, 8), (8, 9), (9, 9)])
+def test_an_image_of_another_size_is_refused(size, tmp_path):
+    folder = coloured_pictures(tmp_path / "pictures")
+    Image.new("RGB", size).save(folder / "other.png")
+    told = f"other.png is {size[0]} x {size[1]}, not 8 x 8"
+    with pytest.raises(UserError, match=told):
+        refuse_other_sizes(folder, 8)
+
+
+def test_a_damaged_image_is_refused_where_sizes_are_checked(tmp_path):
+    folder = coloured_pictures(tmp_path / "pictures")
+    (folder / "broken.png").write_bytes(b"junk")
+    with pytest.raises(UserError, match="broken.png cannot be read as an image"):
+        refuse_other_sizes(folder, 8)
+
+
+# Every kind of picture
+
+def saved(image: Image.Image, **options) -> np.ndarray:
+    """Save the picture, open it again and bring it to 8 x 8."""
+    file = io.BytesIO()
+    image.save(file, **options)
+    return to_square(Image.open(file), 8, 3)
+
+
+def colour(image: Image.Image, **options) -> list[int]:
+    """Return what its first pixel becomes."""
+    return saved(image, **options)[:, 0, 0].tolist()
+
+
+RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+
+
+def test_grey():
+    grey = Image.fromarray(RAMP)
+    assert np.array_equal(saved(grey, format="PNG"), np.stack([RAMP] * 3))
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_16_bits(format):  # Pillow would clip it to white
+    sixteen = Image.fromarray(RAMP.astype(np.uint16) * 257)
+    assert np.array_equal(saved(sixteen, format=format), np.stack([RAMP] * 3))
+
+
+def test_32_bits():  # Pillow's mode I: of 8 bits, or of 16
+    assert np.array_equal(saved(Image.fromarray(RAMP.astype(np.int32)), format="TIFF")[0], RAMP)
+    large = Image.fromarray(RAMP.astype(np.int32) * 257)
+    assert np.array_equal(saved(large, format="TIFF")[0], RAMP)
+    with pytest.raises(ValueError, match="16 bits"):
+        saved(Image.fromarray(RAMP.astype(np.int32) * 1000), format="TIFF")
+
+
+def test_a_palette():
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    assert colour(palette, format="PNG") == [10, 200, 30]
+
+
+def test_transparency_is_put_on_white():
+    assert colour(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), format="PNG") == [255, 255, 255]
+    assert colour(Image.new("RGBA", (8, 8), (9, 8, 7, 255)), format="PNG") == [9, 8, 7]
+
+
+def test_a_transparent_grey_of_16_bits_is_put_on_white():
+    grey = Image.fromarray(np.full((8, 8), 1000, np.uint16))
+    assert colour(grey, format="PNG", transparency=1000) == [255, 255, 255]
+    assert colour(grey, format="PNG", transparency=2000) == [4, 4, 4]
+
+
+def test_cmyk():
+    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert colour(red, format="TIFF") == [255, 0, 0]
+
+
+def test_of_an_animation_the_first_frame():
+    red, blue = (Image.new("RGB", (8, 8), name) for name in ("red", "blue"))
+    assert colour(red, format="GIF", save_all=True, append_images=[blue]) == [255, 0, 0]
+
+
+def test_floating_point_is_refused():
+    with pytest.raises(ValueError, match="floating-point"):
+        saved(Image.fromarray(RAMP.astype(np.float32)), format="TIFF")
+
+
+def test_a_photograph_taken_sideways_is_turned_upright():
+    image = Image.new("RGB", (8, 8), "black")
+    image.paste("white", (0, 0, 8, 4))  # white above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned = saved(image, format="PNG", exif=exif)
+    assert turned[0, 0, 0] == 0
+    assert turned[0, 7, 0] == 255
+
+
+def test_resized_and_centre_cropped():
+    image = Image.new("RGB", (48, 16), "black")
+    image.paste("white", (16, 0, 32, 16))  # the middle third
+    assert (to_square(image, 16, 3) == 255).all()
+    assert to_square(image, 32, 1).shape == (1, 32, 32)
+
+
+# One picture
+
+def test_a_picture_of_another_size_is_resized_and_that_is_said(tmp_path, capsys):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (30, 20), (10, 20, 250)).save(path)
+    pixels = read_picture(path, 8, 3)
+    assert pixels.shape == (3, 8, 8)
+    assert pixels[:, 4, 4].tolist() == [10, 20, 250]
+    assert capsys.readouterr().out == f"{path}: 30 x 20, resized to 8 x 8\n"
+
+
+def test_a_picture_of_the_right_size_is_read_as_it_is(tmp_path, capsys):
+    path = tmp_path / "a.png"
+    Image.fromarray(RAMP).save(path)
+    assert np.array_equal(read_picture(path, 8, 1), RAMP[None])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_picture_that_cannot_be_read(tmp_path):
+    (tmp_path / "junk.png").write_bytes(b"junk")
+    for name in ("junk.png", "missing.png"):
+        with pytest.raises(UserError, match=f"{name} cannot be read as an image"):
+            read_picture(tmp_path / name, 8, 3)

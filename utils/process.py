@@ -1,0 +1,258 @@
+"""The process: torchrun's others, signals, streams, and how a script starts and ends."""
+
+import errno
+import io
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.cli import UserError, brief, is_first_process, one_line, under_torchrun, warn
+
+# How a script starts and ends
+
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """Call main and exit with its status; what the user can mend becomes one line and status 1."""
+    sys.stdout, sys.stderr = HarmlessStream(sys.stdout), HarmlessStream(sys.stderr)
+    for number in END_SIGNALS:
+        handle(number, interrupt)
+    warnings.showwarning = lambda message, *_: warn(str(message))
+    status, problem = 1, ""
+    try:
+        status = main()
+    except UserError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = describe_os_error(error)
+    except (torch.OutOfMemoryError, MemoryError):
+        problem = OUT_OF_MEMORY
+    except RuntimeError as error:  # these two have no types of their own
+        if "can't allocate memory" in str(error):
+            problem = OUT_OF_MEMORY
+        elif dist.is_initialized() and "connection" in str(error).lower():
+            problem = PROCESS_ENDED
+        else:
+            raise
+    except KeyboardInterrupt:
+        status, problem = 128 + signal.SIGINT, INTERRUPTED
+    except Interrupted as error:
+        status, problem = 128 + error.number, INTERRUPTED
+    finally:
+        if dist.is_initialized():
+            # Before PyTorch 2.6 destroy_process_group keeps the GIL, and waits for threads of gloo
+            # that may need it once more.
+            time.sleep(0.1)
+            dist.destroy_process_group()
+    if not is_first_process():
+        if problem in (INTERRUPTED, PROCESS_ENDED):
+            problem = ""  # rank 0 says it
+        elif problem:  # rank 0 has most likely said the same, and torchrun will end this process
+            with ended_by_signals():
+                time.sleep(10)
+    if problem:
+        line = one_line(f"{Path(sys.argv[0]).name}: error: {problem}")
+        print(line, file=sys.stderr, flush=True)
+    sys.stdout.flush()  # here, where a HarmlessStream drops what cannot be written
+    sys.exit(status)
+
+
+INTERRUPTED = "interrupted: what was not finished is not kept"
+PROCESS_ENDED = "another process has ended"
+OUT_OF_MEMORY = ("out of memory: lower --batch_size, or to train, raise --grad_accum or lower "
+                 "--dim or --image_size")
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line: the file, what the system says of it, what to do."""
+    remedies = {
+        errno.ENOSPC: "free some space, or name another place",
+        errno.EDQUOT: "free some space, or name another place",
+        errno.EACCES: "allow it, or name another place",
+        errno.EROFS: "name another place",
+    }
+    reason = error.strerror or str(error)
+    remedy = remedies.get(error.errno, "try again, or name another one")
+    return f"{error.filename or 'a file'}: {reason}: {remedy}"
+
+
+# Torchrun's processes
+
+def start_processes() -> tuple[int, int]:
+    """Join the other processes if torchrun started this one.
+
+    (rank, world_size), which is (0, 1) without torchrun.  Raises UserError if they do not meet.
+    """
+    if not under_torchrun():
+        return 0, 1
+    try:
+        with ended_by_signals():
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+            # Long, since the first one may download and decode the data while the others wait.
+            patience = timedelta(hours=2)
+            store.set_timeout(patience)
+            # torchrun's restarts share one store: without a prefix they would find the addresses
+            # of the dead in it.
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"restart {restart}", store)
+            dist.init_process_group(
+                store=store, rank=rank, world_size=world_size, timeout=patience)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = brief(error)
+        raise UserError("the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of "
+                        f"do not meet ({reason}): start with torchrun, or unset these") from error
+    return rank, world_size
+
+
+def from_first_process(load: Callable[[], Any]) -> Any:
+    """Call load() in rank 0 alone, and return in every process what it returned there."""
+    if not dist.is_initialized():
+        return load()
+    box = [load() if dist.get_rank() == 0 else None]
+    with ended_by_signals():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def first_process_first(load: Callable[[], Any]) -> Any:
+    """load() in every process: what rank 0 downloads or decodes, the others find done."""
+    if not dist.is_initialized():
+        return load()
+    if dist.get_rank() > 0:
+        with ended_by_signals():
+            dist.barrier()
+        return load()
+    loaded = load()
+    dist.barrier()
+    return loaded
+
+
+def share_of_this_process(items: Sequence[Any]) -> Sequence[Any]:
+    """Every world_size-th of the items, from the one of this rank on."""
+    if not dist.is_initialized():
+        return items
+    return items[dist.get_rank()::dist.get_world_size()]
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Make the tensors of every process what they are in the first one."""
+    if dist.is_initialized():
+        with ended_by_signals():
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+
+# Signals
+
+class Interrupted(BaseException):
+    """SIGTERM or SIGHUP, as KeyboardInterrupt is SIGINT, unless something else handles them."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+# The terminal that is closed (SIGHUP, not on Windows) and the machine that goes down.
+END_SIGNALS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+SIGNALS = [signal.SIGINT, *END_SIGNALS]
+
+
+def interrupt(number: int, frame: Any) -> NoReturn:
+    raise Interrupted(number)
+
+
+def handle(number: int, handler: Any) -> None:
+    """Set the handler, unless who started this process has it ignore the signal, as nohup does."""
+    if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, handler)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside, a signal ends the process: while PyTorch waits for others, no handler would run."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        handle(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class StopSignal:
+    """SIGINT, SIGTERM and SIGHUP now ask for an end after this step; number says which one came.
+
+    A second SIGINT or SIGTERM ends the process at once, unless torchrun started it: that one
+    passes on to every process what each may have received itself.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in SIGNALS:
+            handle(number, self)
+
+    def __call__(self, number: int, frame: Any) -> None:
+        is_second = self.number > 0 and number in (signal.SIGINT, signal.SIGTERM)
+        if is_second and not dist.is_initialized():
+            os._exit(128 + number)
+        self.number = number
+
+    def requested(self) -> bool:
+        """Whether any process was told to stop.
+
+        Asked once per step by all of them, so that all of them stop after the same step.
+        """
+        if not dist.is_initialized():
+            return self.number > 0
+        shared = torch.tensor(self.number)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        if int(shared) > 0:  # a signal that came meanwhile counts at the next step, for all
+            self.number = int(shared)
+        return int(shared) > 0
+
+
+# Streams
+
+class HarmlessStream:
+    """Standard output or error whose reader may go away: what cannot be written is dropped.
+
+    What its encoding lacks, as names of files may have, becomes backslashes and numbers.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream or os.fdopen(open_nowhere(), "w")  # it is None if it was closed
+        if isinstance(self.stream, io.TextIOWrapper):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.drop()
+
+    def drop(self) -> None:
+        """All that is still to come, and what waits in the buffer, goes to nowhere."""
+        os.dup2(open_nowhere(), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def open_nowhere() -> int:
+    return os.open(os.devnull, os.O_WRONLY)
