@@ -1,4 +1,4 @@
-"""Fewer steps than T: DDIM (arXiv 2010.02502), and DPM-Solver++ (arXiv 2211.01095) on top of it.
+"""Fewer steps than T: DDIM (arXiv 2010.02502), and DPM-Solver++ (arXiv 2211.01095) as an addition.
 
     x_0 = ddim.sample(ddpm, x_T, steps=50, eta=0, order=1)    # DDIM
     x_0 = ddim.sample(ddpm, x_T, steps=50)      # the defaults: order 2, eta 1, quadratic spacing
@@ -91,14 +91,14 @@ def spaced_timesteps(T: int, S: int, spacing: str = SPACING) -> list[int]:
 
 
 def is_algorithm_2(num_timesteps: int, steps: int | None, eta: float | None) -> bool:
-    """The one rule that says which sampler runs: all timesteps and no eta given is Algorithm 2."""
+    """The rule that says which sampler runs: all timesteps, and no eta given, is Algorithm 2."""
     return steps in (None, num_timesteps) and eta is None
 
 
 def sample_loop(
-    ddpm: DDPM, x_t: Tensor, steps: int | None = None, eta: float | None = None,
-    spacing: str = SPACING, order: int = ORDER, randn_like: RandnLike = torch.randn_like,
-    t_start: int | None = None,
+    ddpm: DDPM, x_t: Tensor, steps: int | None = None,
+    eta: float | None = None, spacing: str = SPACING, order: int = ORDER,
+    randn_like: RandnLike = torch.randn_like, t_start: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """From x_t at t_start (T - 1 if None) to x_0: yields (t, x after the step at t).
 
@@ -117,8 +117,9 @@ def sample_loop(
 
 
 def sample(
-    ddpm: DDPM, x_T: Tensor, steps: int | None = None, eta: float | None = None,
-    spacing: str = SPACING, order: int = ORDER, randn_like: RandnLike = torch.randn_like,
+    ddpm: DDPM, x_T: Tensor, steps: int | None = None,
+    eta: float | None = None, spacing: str = SPACING, order: int = ORDER,
+    randn_like: RandnLike = torch.randn_like,
 ) -> Tensor:
     """x_T, standard normal -> x_0 in [-1, 1].  The arguments are those of sample_loop."""
     return last_image(sample_loop(ddpm, x_T, steps, eta, spacing, order, randn_like))

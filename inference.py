@@ -171,8 +171,13 @@ def save_table_and_film(
 # The command line
 
 MODES = {"sample": sample, "process": process, "interpolate": interpolate}
-ONLY = {"npz": "sample", "save_images": "sample", "seeds": "interpolate", "images": "interpolate",
-        "t": "interpolate"}  # flags of one mode
+ONLY = {  # flags of one mode
+    "npz": "sample",
+    "save_images": "sample",
+    "seeds": "interpolate",
+    "images": "interpolate",
+    "t": "interpolate",
+}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
