@@ -1,15 +1,13 @@
 import os
 import signal
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import coloured_pictures, random_unet, tiny
+from helpers import coloured_pictures, save_network, tiny
 
 import data
-from utils.checkpoint import save_checkpoint
 
 # One thread, here and in the processes started from here: another number rounds differently.
 torch.set_num_threads(1)
@@ -45,8 +43,4 @@ def pictures(tmp_path: Path) -> dict[str, Path]:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network with random weights everywhere, so that its pictures are not all alike."""
     torch.manual_seed(1)
-    config = tiny()
-    weights = random_unet(config).state_dict()
-    path = tmp_path_factory.mktemp("checkpoint") / "model.pth"
-    save_checkpoint({"config": asdict(config), "step": 7, "ema": weights}, path)
-    return path
+    return save_network(tmp_path_factory.mktemp("checkpoint") / "model.pth", tiny())

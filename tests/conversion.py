@@ -1,16 +1,14 @@
 """What the tests of parity and of conversion share: diffusers, and tools.convert there and back."""
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import called, succeeded
+from helpers import called, save_network, succeeded
 
 from config import PRESETS, Config
 from model import UNet
-from utils.checkpoint import save_checkpoint
 
 if "CI" in os.environ:  # there, without diffusers, these tests fail
     import diffusers
@@ -42,11 +40,6 @@ CONFIGS = {
 }
 
 
-def save(model: UNet, config: Config, path: Path) -> None:
-    content = {"config": asdict(config), "step": 7, "ema": model.state_dict()}
-    save_checkpoint(content, path)
-
-
 def to_diffusers(cwd: Path, source: str = "ours.pth", target: str = "theirs"):
     return called("tools.convert", "to_diffusers", source, target, cwd=cwd)
 
@@ -57,7 +50,7 @@ def from_diffusers(cwd: Path, source: str = "theirs", target: str = "back.pth"):
 
 def exported(model: UNet, config: Config, tmp_path: Path) -> Path:
     """Return the folder that to_diffusers makes."""
-    save(model, config, tmp_path / "ours.pth")
+    save_network(tmp_path / "ours.pth", config, model)
     result = succeeded(to_diffusers(tmp_path))
     said = result.stderr.splitlines()
     if torch.__version__.startswith("2.4."):  # it warns of the missing GPU

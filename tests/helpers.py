@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from config import Config
 from ddpm import DDPM
 from model import UNet
+from utils.checkpoint import save_checkpoint
 from utils.process import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,15 +181,6 @@ def torchrun(
     return [*line, *options, str(ROOT / name), *map(str, arguments)]
 
 
-def succeeds_under_torchrun(source: str, folder: Path) -> None:
-    """Two processes of this Python code end without an error."""
-    path = folder / "two_processes.py"
-    path.write_text(source)
-    line = torchrun(str(path))
-    succeeded(subprocess.run(
-        line, capture_output=True, text=True, timeout=120, env=environment(), check=False))
-
-
 def infer(checkpoint: Path, cwd: Path, *arguments) -> subprocess.CompletedProcess:
     """inference.py with this checkpoint, in fp32."""
     line = ["--checkpoint", checkpoint, "--device", "cpu", "--precision", "fp32", *arguments]
@@ -260,6 +253,13 @@ def random_unet(config: Config) -> UNet:
         if "norm" in name and name.endswith("weight"):
             parameter.data += 1
     return model
+
+
+def save_network(path: Path, config: Config, model: UNet | None = None, step: int = 7) -> Path:
+    """Save a checkpoint of the model, or of random weights, and return its path."""
+    weights = (model or random_unet(config)).state_dict()
+    save_checkpoint({"config": asdict(config), "step": step, "ema": weights}, path)
+    return path
 
 
 class Constant(nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SHORT, called, latest, refused, succeeded, train
+from helpers import SHORT, called, latest, refused, succeeded, tiny, train
 
 from config import Config
 from train import TrainingState
@@ -20,46 +20,23 @@ class Evil:
         return (print, ("this code ran",))
 
 
-def truncated(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-5000])
-
-
-def with_code(path: Path) -> None:
-    torch.save({"config": {}, "step": 1, "ema": Evil()}, path)
-
-
-def with_another_network(path: Path) -> None:
-    content = load_checkpoint(path)
-    content["config"]["dim"] = 16
-    save_checkpoint(content, path)
-
-
-def with_an_unknown_setting(path: Path) -> None:
-    torch.save({"config": {"wings": 2}, "step": 1, "ema": {}}, path)
-
-
-def with_a_config_that_is_none(path: Path) -> None:
-    torch.save({"config": 5, "step": 1, "ema": {}}, path)
-
-
 @pytest.mark.parametrize(("damage", "words"), [
-    (Path.unlink, ["not exist"]),
-    (lambda path: path.write_bytes(b""), ["truncated"]),
-    (truncated, ["truncated"]),
-    (lambda path: path.write_bytes(b"<html>not found</html>"), ["not a checkpoint"]),
-    (lambda path: torch.save({"weights": 1}, path), ["not a checkpoint"]),
-    (lambda path: torch.save([1, 2], path), ["not a checkpoint"]),
-    (with_code, ["code"]),
-    (with_another_network, ["does not fit this network"]),
-    (with_an_unknown_setting, ["wings"]),
-    (with_a_config_that_is_none, ["config"]),
+    (Path.unlink, "not exist"),
+    (lambda path: path.write_bytes(b""), "truncated"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-5000]), "truncated"),
+    (lambda path: torch.save({"weights": 1}, path), "not a checkpoint"),
+    (lambda path: torch.save([1, 2], path), "not a checkpoint"),
+    (lambda path: torch.save({"config": {}, "step": 1, "ema": Evil()}, path), "code"),
+    (lambda path: torch.save({"config": {"wings": 2}, "step": 1, "ema": {}}, path), "wings"),
+    (lambda path: torch.save({"config": 5, "step": 1, "ema": {}}, path), "config"),
+    (lambda path: torch.save({"config": vars(tiny()), "step": 1, "ema": {}}, path), "not fit"),
 ])
 def test_a_bad_checkpoint(damage, words, checkpoint, tmp_path):
     path = tmp_path / "model.pth"
     path.write_bytes(checkpoint.read_bytes())
     damage(path)
     result = called("inference.py", "--checkpoint", str(path), cwd=tmp_path)
-    refused(result, 1, "model.pth", *words)
+    refused(result, 1, "model.pth", words)
     assert "this code ran" not in result.stdout
 
 
@@ -87,15 +64,6 @@ def test_a_flipped_bit_is_found(script, state, tmp_path):
     refused(called(script, *line[script], cwd=tmp_path), 1, "latest.pth", "damaged")
 
 
-@pytest.mark.parametrize("mode", ["sample", "process"])
-def test_sampling_from_weights_that_are_not_finite_is_refused(mode, state, tmp_path):
-    content = {"config": state["config"], "step": 4, "ema": copy.deepcopy(state["ema"])}
-    content["ema"]["conv_in.weight"][0] = torch.inf
-    torch.save(content, tmp_path / "model.pth")
-    line = ["--checkpoint", "model.pth", "--mode", mode]
-    refused(called("inference.py", *line, cwd=tmp_path), 1, "model.pth", "not finite")
-
-
 # States that do not fit
 
 @pytest.fixture(scope="module")
@@ -106,41 +74,21 @@ def state(tmp_path_factory) -> dict:
     return latest(run)
 
 
-def without_a_moment(content: dict) -> None:
-    del content["optimizer"]["state"][5]
-
-
-def with_a_short_moment(content: dict) -> None:  # which would overrun the heap in the fused Adam
-    content["optimizer"]["state"][3]["exp_avg"] = torch.zeros(2)
-
-
-def with_a_moment_of_one_number(content: dict) -> None:  # which copy_ would stretch
-    content["optimizer"]["state"][3]["exp_avg"] = torch.zeros(1)
-
-
-def with_nan_weights(content: dict) -> None:
-    content["model"]["conv_in.weight"][0] = torch.nan
-
-
-def with_nan_moments(content: dict) -> None:
-    content["optimizer"]["state"][3]["exp_avg"][0] = torch.nan
-
-
-def with_a_missing_weight(content: dict) -> None:
-    del content["model"]["conv_in.weight"]
-
-
-def as_a_sparse_tensor(content: dict) -> None:
-    content["sums"] = content["sums"].to_sparse()
-
-
-def with_a_tensor_among_the_settings(content: dict) -> None:
-    content["config"]["image_size"] = torch.zeros(2)
+def moments(content: dict) -> dict:
+    """Return Adam's moments of one parameter."""
+    return content["optimizer"]["state"][3]
 
 
 TAMPERED = [
-    without_a_moment, with_a_short_moment, with_a_moment_of_one_number, with_nan_weights,
-    with_nan_moments, with_a_missing_weight, as_a_sparse_tensor, with_a_tensor_among_the_settings,
+    lambda content: moments(content).clear(),
+    # It would overrun the heap in the fused Adam; or copy_ would stretch it.
+    lambda content: moments(content).update(exp_avg=torch.zeros(2)),
+    lambda content: moments(content).update(exp_avg=torch.zeros(1)),
+    lambda content: moments(content)["exp_avg"][0].fill_(torch.nan),
+    lambda content: content["model"]["conv_in.weight"][0].fill_(torch.nan),
+    lambda content: content["model"].pop("conv_in.weight"),
+    lambda content: content["config"].update(image_size=torch.zeros(2)),
+    lambda content: content.update(sums=content["sums"].to_sparse()),
     lambda content: content.update(optimizer=None),
     lambda content: content.update(optimizer={}),
     lambda content: content.update(sums=torch.zeros(1)),

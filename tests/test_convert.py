@@ -5,16 +5,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conversion import CONFIGS, diffusers, exported, from_diffusers, save, to_diffusers
-from helpers import called, infer, random_unet, refused, succeeded, tiny
-from safetensors.torch import save_file
+from conversion import CONFIGS, diffusers, exported, from_diffusers, to_diffusers
+from helpers import called, infer, random_unet, refused, save_network, succeeded, tiny
+from safetensors.torch import load_file, save_file
 
 from config import Config
-from model import UNet
 from utils.checkpoint import load_checkpoint, load_network
 
 # There and back
@@ -38,7 +36,7 @@ def test_what_comes_back_is_what_went_there(name, tmp_path):
     assert back_config.beta_end == pytest.approx(config.beta_end)
 
 
-def test_inference_samples_from_a_converted_checkpoint(tmp_path):
+def test_the_scripts_take_a_converted_checkpoint(tmp_path):
     exported(random_unet(tiny()), tiny(), tmp_path)
     succeeded(from_diffusers(tmp_path))
     pictures = []
@@ -46,11 +44,6 @@ def test_inference_samples_from_a_converted_checkpoint(tmp_path):
         infer(Path(f"{name}.pth"), tmp_path, "--output_dir", name, "--num_samples", 2)
         pictures.append((tmp_path / name / "samples.png").read_bytes())
     assert pictures[0] == pictures[1]
-
-
-def test_evaluate_asks_what_a_converted_checkpoint_was_trained_on(tmp_path):
-    exported(random_unet(tiny()), tiny(), tmp_path)
-    succeeded(from_diffusers(tmp_path))
     line = ("--metric", "bpd", "--checkpoint", "back.pth", "--device", "cpu")
     refused(called("evaluate.py", *line, cwd=tmp_path), 1, "data='unknown'")
 
@@ -130,33 +123,32 @@ def test_a_folder_laid_out_like_google_ddpm_cifar10_32(suffix, names, tmp_path):
 # Refusals
 
 UNET = "unet/config.json"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler/scheduler_config.json"
 
-# File, setting, a value that this project lacks.  One loop refuses most of them; nearest_config
-# itself and Config refuse the others.
-LACKING = [
-    (UNET, "_class_name", "UNet1DModel"),
-    (UNET, "attention_head_dim", 8),
-    (UNET, "act_fn", "gelu"),
-    (UNET, "in_channels", 4),
-    (UNET, "block_out_channels", [8, 20]),
-    (UNET, "block_out_channels", []),
-    (UNET, "block_out_channels", [0, 0]),
-    (UNET, "sample_size", [8, 16]),
-    (SCHEDULER, "prediction_type", "v_prediction"),
-    (SCHEDULER, "beta_schedule", "scaled_linear"),
+# File, setting, a value that this project lacks or that makes no sense, what is said.  One loop
+# refuses most of what is lacking; nearest_config itself and Config refuse the others.
+NONSENSE = "theirs cannot be expressed here"
+REFUSED = [
+    (UNET, "_class_name", "UNet1DModel", "UNet1DModel"),
+    (UNET, "attention_head_dim", 8, "attention_head_dim=8"),
+    (UNET, "act_fn", "gelu", "act_fn='gelu'"),
+    (UNET, "in_channels", 4, "channels=4"),
+    (UNET, "block_out_channels", [8, 20], "block_out_channels=[8, 20]"),
+    (UNET, "block_out_channels", [], "block_out_channels=[]"),
+    (UNET, "block_out_channels", [0, 0], "block_out_channels=[0, 0]"),
+    (UNET, "sample_size", [8, 16], "sample_size=[8, 16]"),
+    (SCHEDULER, "prediction_type", "v_prediction", "prediction_type='v_prediction'"),
+    (SCHEDULER, "beta_schedule", "scaled_linear", "beta_schedule='scaled_linear'"),
+    (UNET, "block_out_channels", 8, NONSENSE),
+    (UNET, "block_out_channels", [8, "16"], NONSENSE),
+    (UNET, "block_out_channels", [10**9, 10**9], NONSENSE),
+    (UNET, "down_block_types", None, NONSENSE),
+    (UNET, "layers_per_block", "two", NONSENSE),
+    (SCHEDULER, "num_train_timesteps", None, NONSENSE),
+    (SCHEDULER, "num_train_timesteps", 10**400, NONSENSE),
+    (SCHEDULER, "beta_schedule", ["linear"], NONSENSE),
 ]
-NONSENSE = [
-    (UNET, "block_out_channels", 8),
-    (UNET, "block_out_channels", [8, "16"]),
-    (UNET, "block_out_channels", [10**9, 10**9]),
-    (UNET, "down_block_types", None),
-    (UNET, "layers_per_block", "two"),
-    (SCHEDULER, "num_train_timesteps", None),
-    (SCHEDULER, "num_train_timesteps", 10**400),
-    (SCHEDULER, "beta_schedule", ["linear"]),
-]
-OURS = {"in_channels": "channels", "_class_name": ""}
 
 
 @pytest.fixture(scope="module")
@@ -165,83 +157,48 @@ def folder(tmp_path_factory) -> Path:
     return exported(random_unet(tiny()), tiny(), tmp_path_factory.mktemp("parity"))
 
 
-def converted_with(folder: Path, tmp_path: Path, file: str, name: str, value: Any):
-    """Convert the folder with one setting changed."""
+@pytest.mark.parametrize(("file", "name", "value", "said"), REFUSED)
+def test_a_setting_that_cannot_be_expressed_is_refused_in_one_line(
+    file, name, value, said, folder, tmp_path
+):
     shutil.copytree(folder, tmp_path / "theirs")
     path = tmp_path / "theirs" / file
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, name: value}))
-    return from_diffusers(tmp_path)
-
-
-@pytest.mark.parametrize(("file", "name", "value"), LACKING)
-def test_a_setting_that_this_project_lacks_is_refused_by_name(
-    file, name, value, folder, tmp_path
-):
-    result = converted_with(folder, tmp_path, file, name, value)
-    shown = value if name == "_class_name" else repr(value)
-    refused(result, 1, OURS.get(name, name), shown)
-    assert not (tmp_path / "back.pth").exists()
-
-
-@pytest.mark.parametrize(("file", "name", "value"), NONSENSE)
-def test_a_setting_without_a_sense_is_refused_in_one_line(file, name, value, folder, tmp_path):
-    result = converted_with(folder, tmp_path, file, name, value)
-    refused(result, 1, "theirs cannot be expressed here")
+    refused(from_diffusers(tmp_path), 1, said)
     assert not (tmp_path / "back.pth").exists()
 
 
 def test_a_network_that_diffusers_lacks_is_refused_by_name(tmp_path):
-    config = tiny(dim_mults=(2, 4))
-    save(UNet(config), config, tmp_path / "ours.pth")
+    save_network(tmp_path / "ours.pth", tiny(dim_mults=(2, 4)))
     refused(to_diffusers(tmp_path), 1, "dim_mults=(2, 4)")
     assert not (tmp_path / "theirs").exists()
 
 
-def without_a_layer(folder: Path) -> None:
+def without_a_layer(path: Path) -> None:
     """Remove one; diffusers itself would fill it with random numbers."""
-    weights = diffusers.UNet2DModel.from_pretrained(folder / "unet").state_dict()
+    weights = load_file(path)
     del weights["mid_block.attentions.0.to_k.weight"]
-    save_file(weights, folder / "unet/diffusion_pytorch_model.safetensors")
+    save_file(weights, path)
 
 
-def truncated(folder: Path) -> None:
-    os.truncate(folder / "unet/diffusion_pytorch_model.safetensors", 1000)
-
-
-def without_weights(folder: Path) -> None:
-    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
-
-
-def without_scheduler(folder: Path) -> None:
-    (folder / SCHEDULER).unlink()
-
-
-def not_json(folder: Path) -> None:
-    (folder / UNET).write_text("{")
-
-
-def a_list(folder: Path) -> None:
-    (folder / UNET).write_text("[]")
-
-
-@pytest.mark.parametrize(("damage", "word"), [
-    (without_a_layer, "mid_block.attentions.0.to_k.weight"),
-    (truncated, "weights"),
-    (without_weights, "weights"),
-    (without_scheduler, "DDPMScheduler"),
-    (not_json, "JSON"),
-    (a_list, "UNet2DModel"),
+@pytest.mark.parametrize(("file", "damage", "word"), [
+    (WEIGHTS, without_a_layer, "mid_block.attentions.0.to_k.weight"),
+    (WEIGHTS, lambda path: os.truncate(path, 1000), "weights"),
+    (WEIGHTS, Path.unlink, "weights"),
+    (SCHEDULER, Path.unlink, "DDPMScheduler"),
+    (UNET, lambda path: path.write_text("{"), "JSON"),
+    (UNET, lambda path: path.write_text("[]"), "UNet2DModel"),
 ])
-def test_a_damaged_folder_is_refused(damage, word, folder, tmp_path):
+def test_a_damaged_folder_is_refused(file, damage, word, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "theirs")
-    damage(tmp_path / "theirs")
+    damage(tmp_path / "theirs" / file)
     refused(from_diffusers(tmp_path), 1, word)
     assert not (tmp_path / "back.pth").exists()
 
 
 def test_what_exists_is_not_overwritten(folder, tmp_path):
-    save(random_unet(tiny()), tiny(), tmp_path / "ours.pth")
+    save_network(tmp_path / "ours.pth", tiny())
     before = (tmp_path / "ours.pth").read_bytes()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note").touch()
@@ -255,29 +212,22 @@ def test_what_exists_is_not_overwritten(folder, tmp_path):
     succeeded(to_diffusers(tmp_path, target="empty"))
 
 
-def test_what_cannot_be_written_is_named_and_nothing_stays_behind(tmp_path, monkeypatch):
-    save(random_unet(tiny()), tiny(), tmp_path / "ours.pth")
+@pytest.mark.parametrize(("error", "status", "said"), [
+    (RuntimeError("no space left"), 1, "theirs cannot be written: no space left"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+])
+def test_what_cannot_be_written_leaves_nothing_behind(
+    error, status, said, tmp_path, monkeypatch
+):
+    def half(pipeline: diffusers.DDPMPipeline, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "half").touch()
+        raise error
+
+    save_network(tmp_path / "ours.pth", tiny())
     refused(to_diffusers(tmp_path, target="ours.pth/theirs"), 1, "ours.pth/theirs")
-
-    def full_disk(pipeline: diffusers.DDPMPipeline, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "half").touch()
-        raise RuntimeError("no space left")
-
-    monkeypatch.setattr(diffusers.DDPMPipeline, "save_pretrained", full_disk)
-    refused(to_diffusers(tmp_path), 1, "theirs cannot be written: no space left")
-    assert not (tmp_path / "theirs").exists()
-
-
-def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(pipeline: diffusers.DDPMPipeline, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "half").touch()
-        raise KeyboardInterrupt
-
-    save(random_unet(tiny()), tiny(), tmp_path / "ours.pth")
-    monkeypatch.setattr(diffusers.DDPMPipeline, "save_pretrained", interrupted)
-    refused(to_diffusers(tmp_path), 130, "interrupted")
+    monkeypatch.setattr(diffusers.DDPMPipeline, "save_pretrained", half)
+    refused(to_diffusers(tmp_path), status, said)
     assert not (tmp_path / "theirs").exists()
 
 

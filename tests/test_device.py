@@ -19,7 +19,6 @@ from helpers import (
     refused,
     script,
     succeeded,
-    succeeds_under_torchrun,
     train,
 )
 from torch import nn
@@ -43,11 +42,8 @@ def cpuinfo(vendor: str, features: str) -> str:
 @pytest.mark.parametrize(("text", "expected"), [
     (cpuinfo("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile"), "bf16"),
     (cpuinfo("GenuineIntel", "avx512f avx512_bf16"), "fp32"),
-    (cpuinfo("GenuineIntel", "avx512f"), "fp32"),
-    (cpuinfo("GenuineIntel", ""), "fp32"),
     (cpuinfo("AuthenticAMD", "avx512f avx512_bf16"), "bf16"),
     (cpuinfo("AuthenticAMD", "avx512f"), "fp32"),
-    (cpuinfo("AuthenticAMD", ""), "fp32"),
     ("CPU implementer\t: 0x41\nFeatures\t: fp asimd bf16\n", "fp32"),
     (None, "fp32"),  # a system without the file
 ])
@@ -62,8 +58,6 @@ def test_a_cpu_takes_bf16_where_it_is_fast(text, expected, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("capability", "expected"), [
     ((12, 0), "bf16"),
-    ((9, 0), "bf16"),
-    ((8, 6), "bf16"),
     ((8, 0), "bf16"),
     ((7, 5), "fp16"),
     ((7, 0), "fp16"),
@@ -86,14 +80,6 @@ def rule_says(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "fastest_precision", lambda _: precision)
 
 
-@pytest.mark.parametrize("fastest", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
-def test_auto_is_what_the_rule_says(kind, fastest, monkeypatch, capsys):
-    rule_says(fastest, monkeypatch)
-    assert select_precision("auto", torch.device(kind)) == fastest
-    assert capsys.readouterr().err == ""
-
-
 @pytest.mark.parametrize(("kind", "fastest", "name", "is_slow"), [
     ("cpu", "fp32", "fp32", False),
     ("cpu", "fp32", "bf16", True),
@@ -101,13 +87,10 @@ def test_auto_is_what_the_rule_says(kind, fastest, monkeypatch, capsys):
     ("cpu", "bf16", "fp32", False),
     ("cpu", "bf16", "bf16", False),
     ("cpu", "bf16", "fp16", True),
-    ("cuda", "bf16", "fp32", False),
     ("cuda", "bf16", "bf16", False),
     ("cuda", "bf16", "fp16", False),
     ("cuda", "fp16", "fp32", False),
     ("cuda", "fp16", "bf16", True),
-    ("cuda", "fp16", "fp16", False),
-    ("cuda", "fp32", "bf16", True),
     ("cuda", "fp32", "fp16", False),
     ("mps", "fp32", "bf16", False),
     ("mps", "fp32", "fp16", False),
@@ -121,25 +104,10 @@ def test_what_is_asked_for_is_taken_and_said_to_be_slow_where_it_is(
     assert capsys.readouterr().err == (warning if is_slow else "")
 
 
-CHOICE = """
-import torch
-
-from utils import device
-from utils.process import run_script, start_processes
-
-def main():
-    rank, world_size = start_processes()
-    device.fastest_precision = lambda _: "bf16" if rank == 0 else "fp32"
-    choice = device.select_precision("auto", torch.device("cpu"))
-    assert choice == "bf16", choice
-    return 0
-
-run_script(main)
-"""
-
-
-def test_the_first_process_chooses_for_all(tmp_path):
-    succeeds_under_torchrun(CHOICE, tmp_path)
+def test_the_first_process_chooses_for_all(monkeypatch):
+    rule_says("fp32", monkeypatch)
+    monkeypatch.setattr(device, "from_first_process", lambda load: "bf16")
+    assert select_precision("auto", CPU) == "bf16"
 
 
 # The scripts
@@ -152,17 +120,6 @@ def resume(run_dir: Path, **changes) -> subprocess.CompletedProcess:
 
 def saved_precision(run_dir: Path) -> str:
     return latest(run_dir)["config"]["precision"]
-
-
-@pytest.mark.parametrize("fastest", ["bf16", "fp16", "fp32"])
-def test_the_choice_is_printed_and_saved(fastest, pictures, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    rule_says(fastest, monkeypatch)
-    result = succeeded(train(run, AUTO, pictures, max_steps=1))
-    assert f"on 1 x cpu in {fastest}" in result.stdout
-    assert saved_precision(run) == fastest
-    final = run / "checkpoints/final_model.pth"
-    assert torch.load(final, weights_only=True)["config"]["precision"] == fastest
 
 
 @pytest.mark.parametrize(("fastest", "elsewhere"), [("bf16", "fp32"), ("fp32", "bf16")])

@@ -1,25 +1,20 @@
 """docs/figures.py: the figures are drawn from what training leaves behind."""
 
 import os
-from dataclasses import asdict
 
 import numpy as np
 import pytest
-from helpers import coloured_pictures, random_unet, script, succeeded, tiny
+from helpers import coloured_pictures, save_network, script, succeeded, tiny
 from PIL import Image
 
-from utils.checkpoint import save_checkpoint
 from utils.metrics import COLUMNS, MetricsFile
 
 pytest.importorskip("matplotlib")
 
 
 def test_every_figure_is_drawn(tmp_path):
-    config = tiny(timesteps=60)
-    checkpoints = [tmp_path / "1.pth", tmp_path / "2.pth"]
-    for step, path in enumerate(checkpoints, start=1):
-        weights = random_unet(config).state_dict()
-        save_checkpoint({"config": asdict(config), "step": step, "ema": weights}, path)
+    checkpoints = [
+        save_network(tmp_path / f"{step}.pth", tiny(timesteps=60), step=step) for step in (1, 2)]
     metrics = MetricsFile(tmp_path / "metrics.csv", 0, tensorboard=False)
     for step in (100, 200):
         losses = {f"loss_q{i}": 1 / (step * i) for i in range(1, 5)}

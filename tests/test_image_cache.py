@@ -46,10 +46,6 @@ def test_a_folder_nested_and_of_any_format(folder):
     assert greys == pytest.approx([10, 20, 30, 40, 50, 60, 70], abs=2)
 
 
-def test_a_folder_in_grey_and_of_another_size(folder):
-    assert loaded(folder, size=16, channels=1).shape == (7, 1, 16, 16)
-
-
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_folder_is_decoded_once(damaged, folder, monkeypatch):
     if damaged:
@@ -172,19 +168,15 @@ def test_a_folder_of_one_size_passes_the_check_of_sizes(tmp_path):
     assert loaded(folder)[3][:, 0, 0].tolist() == [72, 100, 200]
 
 
-@pytest.mark.parametrize("size", [(9, 8), (8, 9), (9, 9)])
-def test_an_image_of_another_size_is_refused(size, tmp_path):
+@pytest.mark.parametrize(("make", "told"), [
+    (lambda path: Image.new("RGB", (9, 8)).save(path), "is 9 x 8, not 8 x 8"),
+    (lambda path: Image.new("RGB", (8, 9)).save(path), "is 8 x 9, not 8 x 8"),
+    (lambda path: path.write_bytes(b"junk"), "cannot be read as an image"),
+])
+def test_an_image_of_another_size_or_of_none_is_refused(make, told, tmp_path):
     folder = coloured_pictures(tmp_path / "pictures")
-    Image.new("RGB", size).save(folder / "other.png")
-    told = f"other.png is {size[0]} x {size[1]}, not 8 x 8"
-    with pytest.raises(UserError, match=told):
-        refuse_other_sizes(folder, 8)
-
-
-def test_a_damaged_image_is_refused_where_sizes_are_checked(tmp_path):
-    folder = coloured_pictures(tmp_path / "pictures")
-    (folder / "broken.png").write_bytes(b"junk")
-    with pytest.raises(UserError, match="broken.png cannot be read as an image"):
+    make(folder / "other.png")
+    with pytest.raises(UserError, match=f"other.png {told}"):
         refuse_other_sizes(folder, 8)
 
 
@@ -197,63 +189,44 @@ def saved(image: Image.Image, **options) -> np.ndarray:
     return to_square(Image.open(file), 8, 3)
 
 
-def colour(image: Image.Image, **options) -> list[int]:
-    """Return what its first pixel becomes."""
-    return saved(image, **options)[:, 0, 0].tolist()
-
-
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 
 
-def test_grey():
-    grey = Image.fromarray(RAMP)
-    assert np.array_equal(saved(grey, format="PNG"), np.stack([RAMP] * 3))
+@pytest.mark.parametrize(("pixels", "format"), [
+    (RAMP, "PNG"),
+    (RAMP.astype(np.uint16) * 257, "PNG"),  # Pillow would clip it to white
+    (RAMP.astype(np.uint16) * 257, "TIFF"),
+    (RAMP.astype(np.int32), "TIFF"),  # Pillow's mode I: of 8 bits, or of 16
+    (RAMP.astype(np.int32) * 257, "TIFF"),
+])
+def test_grey_of_8_16_and_32_bits(pixels, format):
+    assert np.array_equal(saved(Image.fromarray(pixels), format=format), np.stack([RAMP] * 3))
 
 
-@pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_16_bits(format):  # Pillow would clip it to white
-    sixteen = Image.fromarray(RAMP.astype(np.uint16) * 257)
-    assert np.array_equal(saved(sixteen, format=format), np.stack([RAMP] * 3))
+@pytest.mark.parametrize(("pixels", "said"), [
+    (RAMP.astype(np.int32) * 1000, "16 bits"), (RAMP.astype(np.float32), "floating-point")])
+def test_grey_of_no_known_range_is_refused(pixels, said):
+    with pytest.raises(ValueError, match=said):
+        saved(Image.fromarray(pixels), format="TIFF")
 
 
-def test_32_bits():  # Pillow's mode I: of 8 bits, or of 16
-    assert np.array_equal(saved(Image.fromarray(RAMP.astype(np.int32)), format="TIFF")[0], RAMP)
-    large = Image.fromarray(RAMP.astype(np.int32) * 257)
-    assert np.array_equal(saved(large, format="TIFF")[0], RAMP)
-    with pytest.raises(ValueError, match="16 bits"):
-        saved(Image.fromarray(RAMP.astype(np.int32) * 1000), format="TIFF")
+PALETTE = Image.new("P", (8, 8), 1)
+PALETTE.putpalette([0, 0, 0, 10, 200, 30])
+GREY = Image.fromarray(np.full((8, 8), 1000, np.uint16))
+ANIMATION = {"save_all": True, "append_images": [Image.new("RGB", (8, 8), "blue")]}
 
 
-def test_a_palette():
-    palette = Image.new("P", (8, 8), 1)
-    palette.putpalette([0, 0, 0, 10, 200, 30])
-    assert colour(palette, format="PNG") == [10, 200, 30]
-
-
-def test_transparency_is_put_on_white():
-    assert colour(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), format="PNG") == [255, 255, 255]
-    assert colour(Image.new("RGBA", (8, 8), (9, 8, 7, 255)), format="PNG") == [9, 8, 7]
-
-
-def test_a_transparent_grey_of_16_bits_is_put_on_white():
-    grey = Image.fromarray(np.full((8, 8), 1000, np.uint16))
-    assert colour(grey, format="PNG", transparency=1000) == [255, 255, 255]
-    assert colour(grey, format="PNG", transparency=2000) == [4, 4, 4]
-
-
-def test_cmyk():
-    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    assert colour(red, format="TIFF") == [255, 0, 0]
-
-
-def test_of_an_animation_the_first_frame():
-    red, blue = (Image.new("RGB", (8, 8), name) for name in ("red", "blue"))
-    assert colour(red, format="GIF", save_all=True, append_images=[blue]) == [255, 0, 0]
-
-
-def test_floating_point_is_refused():
-    with pytest.raises(ValueError, match="floating-point"):
-        saved(Image.fromarray(RAMP.astype(np.float32)), format="TIFF")
+@pytest.mark.parametrize(("image", "options", "expected"), [
+    (PALETTE, {"format": "PNG"}, [10, 200, 30]),
+    (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), {"format": "PNG"}, [255, 255, 255]),
+    (Image.new("RGBA", (8, 8), (9, 8, 7, 255)), {"format": "PNG"}, [9, 8, 7]),
+    (GREY, {"format": "PNG", "transparency": 1000}, [255, 255, 255]),
+    (GREY, {"format": "PNG", "transparency": 2000}, [4, 4, 4]),
+    (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), {"format": "TIFF"}, [255, 0, 0]),
+    (Image.new("RGB", (8, 8), "red"), {"format": "GIF", **ANIMATION}, [255, 0, 0]),
+])
+def test_any_kind_of_colour_on_white(image, options, expected):
+    assert saved(image, **options)[:, 0, 0].tolist() == expected
 
 
 def test_a_photograph_taken_sideways_is_turned_upright():

@@ -4,7 +4,6 @@ import hashlib
 import json
 import signal
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,14 @@ from helpers import (
     coloured_pictures,
     infer,
     python,
-    random_unet,
     refused,
+    save_network,
     succeeded,
     tiny,
     torchrun,
     wait_for,
 )
 from PIL import Image
-
-from utils.checkpoint import save_checkpoint
 
 
 def pngs(folder: Path) -> dict[str, str]:
@@ -58,23 +55,22 @@ def test_save_images_writes_exactly_as_many(count, batch_size, checkpoint, tmp_p
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_save_images_of_one_pixel(channels, mode, tmp_path):
     one_pixel = {"image_size": 1, "dim_mults": (1,), "attn_resolutions": ()}
-    config = tiny(channels=channels, **one_pixel)
-    weights = random_unet(config).state_dict()
-    path = tmp_path / "one_pixel.pth"
-    save_checkpoint({"config": asdict(config), "step": 1, "ema": weights}, path)
+    path = save_network(tmp_path / "one_pixel.pth", tiny(channels=channels, **one_pixel))
     infer(path, tmp_path, "--save_images", "out", "--num_samples", 2, "--steps", 2)
     image = Image.open(tmp_path / "out/000000.png")
     assert (image.size, image.mode) == ((1, 1), mode)
 
 
-def test_save_images_goes_on_with_the_missing_ones(checkpoint, tmp_path):
+def test_save_images_goes_on_with_the_missing_ones_and_with_half_ones(checkpoint, tmp_path):
     line = ("--save_images", "out", "--num_samples", 6, "--batch_size", 1, "--steps", 2)
     infer(checkpoint, tmp_path, *line)
     whole = pngs(tmp_path / "out")
     kept = tmp_path / "out/000003.png"
     written = kept.stat().st_mtime_ns
     (tmp_path / "out/000001.png").unlink()
-    (tmp_path / "out/000005.png").unlink()
+    for number, size in ((0, 0), (5, 40)):
+        path = tmp_path / f"out/{number:06}.png"
+        path.write_bytes(path.read_bytes()[:size])
     infer(checkpoint, tmp_path, *line)
     assert pngs(tmp_path / "out") == whole
     assert kept.stat().st_mtime_ns == written
@@ -125,9 +121,7 @@ def test_another_network_of_the_same_step_is_refused(change, checkpoint, tmp_pat
     before = contents(tmp_path / "out")
     torch.manual_seed(2)
     config = tiny(image_size=16, attn_resolutions=(8,)) if change == "config" else tiny()
-    other = tmp_path / "other.pth"
-    weights = random_unet(config).state_dict()
-    save_checkpoint({"config": vars(config), "step": 7, "ema": weights}, other)
+    other = save_network(tmp_path / "other.pth", config)
     refused(save_images(other, tmp_path / "out"), 1, "out", "choose another folder")
     assert contents(tmp_path / "out") == before
 
@@ -145,15 +139,6 @@ def test_a_picture_of_another_name_beside_ours_is_let_alone(checkpoint, tmp_path
     succeeded(save_images(checkpoint, tmp_path / "out"))
     Image.new("RGB", (8, 8)).save(tmp_path / "out/2024-01-01.png")
     succeeded(save_images(checkpoint, tmp_path / "out"))
-
-
-def test_half_a_picture_is_drawn_again(checkpoint, tmp_path):
-    succeeded(save_images(checkpoint, tmp_path / "out"))
-    before = contents(tmp_path / "out")
-    for name, size in (("000000.png", 0), ("000001.png", 40)):
-        (tmp_path / "out" / name).write_bytes(before[name][:size])
-    succeeded(save_images(checkpoint, tmp_path / "out"))
-    assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("record", ["", "{", "[1]", "\xff", "[" * 100_000])

@@ -142,6 +142,22 @@ def test_the_whole_chain(timesteps, schedule, variance, shape):
     assert_close(ours, x_t, rtol=0, atol=1e-5)
 
 
+def sampled_with(
+    theirs, config: Config, model: nn.Module, x_t: Tensor, steps: int, **options
+) -> Tensor:
+    """Return what their scheduler of fewer steps makes of x_t, on our alphas_cumprod."""
+    theirs.alphas_cumprod = exact_alphas_cumprod(config)
+    theirs.set_timesteps(steps)
+    timesteps = theirs.timesteps.tolist()
+    assert timesteps == ddim.spaced_timesteps(config.timesteps, steps, "uniform")
+    randn_like = from_generator()
+    for t in timesteps:
+        pred_noise = model(x_t, torch.full((4,), t))
+        noise = randn_like(x_t)
+        x_t = theirs.step(pred_noise, t, x_t, variance_noise=noise, **options).prev_sample
+    return x_t
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize(
@@ -159,16 +175,8 @@ def test_ddim(timesteps, steps, schedule, eta, shape):
     del settings["variance_type"]
     theirs = diffusers.DDIMScheduler(
         **settings, timestep_spacing="trailing", set_alpha_to_one=True)
-    theirs.alphas_cumprod = exact_alphas_cumprod(config)
-    theirs.set_timesteps(steps)
-    assert theirs.timesteps.tolist() == ddim.spaced_timesteps(timesteps, steps, "uniform")
-    randn_like = from_generator()
-    for t in theirs.timesteps.tolist():
-        pred_noise = model(x_t, torch.full((4,), t))
-        x_t = theirs.step(
-            pred_noise, t, x_t, eta, use_clipped_model_output=True,
-            variance_noise=randn_like(x_t),
-        ).prev_sample
+    x_t = sampled_with(
+        theirs, config, model, x_t, steps, eta=eta, use_clipped_model_output=True)
     tolerance = 5e-4 if schedule == "cosine" else 1e-4
     assert_close(ours, x_t, rtol=0, atol=tolerance)
 
@@ -193,14 +201,7 @@ def test_order_2(timesteps, steps, schedule, eta, shape):
         **settings, solver_order=2, algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++",
         solver_type="midpoint", timestep_spacing="trailing", final_sigmas_type="zero",
         thresholding=True, dynamic_thresholding_ratio=1.0, sample_max_value=1.0)
-    theirs.alphas_cumprod = exact_alphas_cumprod(config)
-    theirs.set_timesteps(steps)
-    assert theirs.timesteps.tolist() == ddim.spaced_timesteps(timesteps, steps, "uniform")
-    randn_like = from_generator()
-    for t in theirs.timesteps.tolist():
-        pred_noise = model(x_t, torch.full((4,), t))
-        noise = randn_like(x_t)
-        x_t = theirs.step(pred_noise, t, x_t, variance_noise=noise).prev_sample
+    x_t = sampled_with(theirs, config, model, x_t, steps)
     assert_close(ours, x_t, rtol=0, atol=5e-4)
 
 

@@ -15,7 +15,6 @@ from data import Batches, load_images, to_float
 from ddpm import DDPM, linear_beta_schedule
 from model import UNet
 from train import TrainingState, count_steps, ema_decay, learning_rate, train_step
-from utils.cli import UserError
 from utils.randomness import derive_seed
 
 CPU = torch.device("cpu")
@@ -89,11 +88,6 @@ def test_t_is_uniform_over_every_timestep(many_steps):
     assert chi_square < 60  # 29 on average, over 60 once in 1,500 tries
 
 
-def test_every_image_has_its_own_t(many_steps):
-    for _, t, _ in many_steps.seen:
-        assert len(set(t.tolist())) > 15
-
-
 def test_x_t_is_eq_4_with_standard_normal_noise(many_steps):
     x_t, t, _ = many_steps.recorded()
     noise = noise_in(x_t, t, many_steps.config)
@@ -112,26 +106,18 @@ def test_no_two_images_share_noise(many_steps):
     assert correlation.abs().max() < 0.6
 
 
-def test_half_of_the_images_are_mirrored():
+@pytest.mark.parametrize(("flip", "least", "most"), [(True, 140, 260), (False, 0, 0)])
+def test_half_of_the_images_are_mirrored_or_none(flip, least, most):
     images = np.zeros((1, 3, 8, 8), np.uint8)
     images[..., 4:] = 255  # white on the right
-    training = Training(tiny(batch_size=400, **NOISELESS), images)
+    training = Training(tiny(batch_size=400, horizontal_flip=flip, **NOISELESS), images)
     training.step()
     x_t, _, _ = training.recorded()
-    assert 140 < (x_t[:, 0, 0, 0] > 0).sum() < 260
+    assert least <= (x_t[:, 0, 0, 0] > 0).sum() <= most
     expected = to_float(torch.tensor(images))
     is_mirrored = x_t[:, :1, :1, :1] > 0
     restored = torch.where(is_mirrored, x_t.flip(-1), x_t)
     assert (restored - expected).abs().max() < 0.02
-
-
-def test_no_image_is_mirrored_where_that_is_off():
-    images = np.zeros((1, 3, 8, 8), np.uint8)
-    images[..., 4:] = 255
-    training = Training(tiny(batch_size=400, horizontal_flip=False, **NOISELESS), images)
-    training.step()
-    x_t, _, _ = training.recorded()
-    assert (x_t - to_float(torch.tensor(images))).abs().max() < 0.02
 
 
 def test_an_epoch_shows_every_image_once():
@@ -190,27 +176,19 @@ def test_the_gradient_is_that_of_the_mean_loss_of_the_batch(grad_accum):
     assert grad_norm.item() == pytest.approx(norm_of(expected).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("grad_clip", [0.01, 1000.0])  # the latter leaves it as it is
 @pytest.mark.parametrize("grad_accum", [1, 4])
-def test_the_gradient_is_clipped_to_its_norm(grad_accum):
+def test_the_gradient_is_clipped_to_its_norm(grad_accum, grad_clip):
     settings = {"batch_size": 8, "grad_accum": grad_accum, "dropout": 0.0}
     free = Training(tiny(grad_clip=0.0, **settings))
-    clipped = Training(tiny(grad_clip=0.01, **settings))
+    clipped = Training(tiny(grad_clip=grad_clip, **settings))
     _, _, free_norm = free.step()
     _, _, clipped_norm = clipped.step()
     assert free_norm > 0.1
     assert clipped_norm == free_norm  # metrics.csv has the norm before
-    assert norm_of(clipped.gradients[0]).item() == pytest.approx(0.01, rel=1e-3)
+    factor = min(1, grad_clip / free_norm.item())
     for a, b in zip(free.gradients[0], clipped.gradients[0], strict=True):
-        torch.testing.assert_close(a * 0.01 / free_norm, b, rtol=1e-3, atol=1e-9)
-
-
-def test_a_gradient_below_grad_clip_is_left_alone():
-    free = Training(tiny(grad_clip=0.0))
-    clipped = Training(tiny(grad_clip=1000.0))
-    free.step()
-    clipped.step()
-    for a, b in zip(free.gradients[0], clipped.gradients[0], strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a * factor, b, rtol=1e-3, atol=1e-9)
 
 
 def test_no_gradient_is_left_for_the_next_step():
@@ -267,10 +245,9 @@ def test_the_ramp_ends_at_ema_decay():
 
 # Random numbers
 
-def draws_of(training: Training, steps: int = 1) -> tuple[Tensor, Tensor]:
-    """t and x_t of so many steps."""
-    for _ in range(steps):
-        training.step()
+def draws_of(training: Training) -> tuple[Tensor, Tensor]:
+    """t and x_t of a step."""
+    training.step()
     x_t, t, _ = training.recorded()
     return t, x_t
 
@@ -285,25 +262,6 @@ def test_ranks_draw_different_timesteps_and_noise():
     noise_0 = noise_in(x_t_0, t_0, config).flatten()
     noise_1 = noise_in(x_t_1, t_1, config).flatten()
     assert abs((noise_0 * noise_1).mean()) < 0.1
-
-
-def test_steps_draw_different_timesteps_and_noise():
-    t, x_t = draws_of(Training(tiny(batch_size=32)), steps=2)
-    assert (t[:32] == t[32:]).sum() < 10
-    noise = noise_in(x_t, t, tiny()).flatten()
-    first, second = noise.chunk(2)
-    assert abs((first * second).mean()) < 0.1
-
-
-def test_what_a_step_draws_follows_from_its_number_alone():
-    whole = Training(tiny(batch_size=32))
-    draws_of(whole, steps=2)
-    later = Training(tiny(batch_size=32))
-    later.state.step = 1
-    torch.manual_seed(5)
-    t, x_t = draws_of(later)
-    assert torch.equal(t, whole.seen[1][1])
-    assert torch.equal(x_t, whole.seen[1][0])
 
 
 def test_another_seed_draws_something_else():
@@ -360,13 +318,6 @@ def test_a_step_that_overflows_in_fp16_counts_and_changes_no_weight():
 
 # Progress, by images seen
 
-def test_a_step_counts_itself_and_its_images():
-    training = Training(tiny(batch_size=6, grad_accum=3))
-    for _ in range(2):
-        training.step()
-    assert (training.state.step, training.state.images_seen) == (2, 12)
-
-
 @pytest.mark.parametrize(("settings", "step", "images_seen", "total"), [
     ({}, 0, 0, 10),  # 4 epochs of 10 images, 4 of them per step
     ({"epochs": 3}, 0, 0, 8),  # the last one shows 2 more
@@ -382,15 +333,6 @@ def test_epochs_are_counted_in_images(settings, step, images_seen, total):
     state = TrainingState(config, CPU)
     state.step, state.images_seen = step, images_seen
     assert count_steps(config, state, num_images=10) == total
-
-
-@pytest.mark.parametrize("settings", [{"epochs": 2}, {"max_steps": 9}])
-def test_less_than_what_is_done_is_refused(settings):
-    config = tiny(**settings)
-    state = TrainingState(config, CPU)
-    state.step, state.images_seen = 10, 40
-    with pytest.raises(UserError, match="is impossible: the run has"):
-        count_steps(config, state, num_images=10)
 
 
 # It learns
