@@ -181,6 +181,15 @@ def torchrun(
     return [*line, *options, str(ROOT / name), *map(str, arguments)]
 
 
+def succeeds_under_torchrun(source: str, folder: Path, *arguments: str) -> None:
+    """Two processes of this Python code end without an error."""
+    path = folder / "two_processes.py"
+    path.write_text(source)
+    line = torchrun(str(path), *arguments)
+    succeeded(subprocess.run(
+        line, capture_output=True, text=True, timeout=120, env=environment(), check=False))
+
+
 def infer(checkpoint: Path, cwd: Path, *arguments) -> subprocess.CompletedProcess:
     """inference.py with this checkpoint, in fp32."""
     line = ["--checkpoint", checkpoint, "--device", "cpu", "--precision", "fp32", *arguments]

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from helpers import tiny
+import torch._dynamo  # here, since it makes a class of torch.Generator, which gpu replaces
+from helpers import SHORT, command, latest, succeeds_under_torchrun, tiny
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -161,3 +162,65 @@ def test_the_likelihood_copies_nothing(gpu):
     with Copies() as copies:
         bits_per_dim(ddpm, x_start)
     assert copies.found == []
+
+
+# torchrun's processes: while they meet a GPU is pretended, and "fake" stands in NCCL's place
+
+ACCELERATOR = """
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg
+
+chosen = []
+init = dist.init_process_group
+patches = [
+    patch("torch.cuda.is_available", lambda: True),
+    patch("torch.cuda.device_count", lambda: 2),
+    patch("torch.cuda.set_device", chosen.append),
+    patch("torch.distributed.is_nccl_available", lambda: True),
+    patch.dict(dist.Backend.default_device_backend_map, {"cuda": "fake"}),
+]
+if hasattr(torch, "accelerator"):
+    patches.append(patch("torch.accelerator.current_accelerator", lambda **_: torch.device("cuda")))
+
+def init_process_group(backend=None, **options):
+    init(backend and backend.replace("nccl", "fake"), **options)
+    for patched in patches:
+        patched.stop()
+
+for patched in patches:
+    patched.start()
+dist.init_process_group = init_process_group
+"""
+EXCHANGES = """
+from utils.process import (
+    StopSignal, broadcast, first_process_first, from_first_process, start_processes)
+
+rank, world_size = start_processes()
+assert chosen == [rank], chosen  # before anything is exchanged
+assert from_first_process(lambda: rank) == 0
+assert first_process_first(lambda: rank) == rank
+assert not StopSignal().requested()
+numbers = torch.full((3,), float(rank))
+broadcast([numbers])
+assert numbers.sum() == 0
+dist.destroy_process_group()
+"""
+TRAINING = """
+from train import main
+from utils.process import run_script
+
+run_script(main)
+"""
+
+
+def test_processes_beside_gpus_exchange_numbers_on_the_cpu(tmp_path):
+    succeeds_under_torchrun(ACCELERATOR + EXCHANGES, tmp_path)
+
+
+def test_processes_beside_gpus_train_on_the_cpu_if_told_to(pictures, tmp_path):
+    line = command(tmp_path / "run", SHORT, pictures)
+    succeeds_under_torchrun(ACCELERATOR + TRAINING, tmp_path, *line)
+    assert latest(tmp_path / "run")["step"] == 6

@@ -25,6 +25,7 @@ from helpers import (
     python,
     refused,
     succeeded,
+    succeeds_under_torchrun,
     torchrun,
     train,
     wait_for,
@@ -308,10 +309,7 @@ dist.destroy_process_group()
 
 
 def test_the_gradient_is_that_of_the_whole_batch(tmp_path):
-    (tmp_path / "two.py").write_text(GRADIENT)
-    succeeded(subprocess.run(
-        torchrun(str(tmp_path / "two.py")), capture_output=True, text=True, timeout=120,
-        env=environment(), check=False))
+    succeeds_under_torchrun(GRADIENT, tmp_path)
 
 
 def test_two_processes_decode_once_and_see_as_many_images_as_one(whole):

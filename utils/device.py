@@ -41,7 +41,11 @@ def select_device(name: str) -> torch.device:
         keep_freed_memory()
     if name != "cuda":
         return torch.device(name)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if index >= count:
+        raise UserError(f"there are {count} GPUs here and more processes: use "
+                        f"--nproc_per_node={count}, or --device cpu")
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")  # TF32 where a product is left in fp32

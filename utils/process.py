@@ -105,12 +105,22 @@ def start_processes() -> tuple[int, int]:
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = dist.PrefixStore(f"restart {restart}", store)
             dist.init_process_group(
-                store=store, rank=rank, world_size=world_size, timeout=patience)
+                take_own_gpu(), store=store, rank=rank, world_size=world_size, timeout=patience)
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = brief(error)
         raise UserError("the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of "
                         f"do not meet ({reason}): start with torchrun, or unset these") from error
     return rank, world_size
+
+
+def take_own_gpu() -> str:
+    """Make the GPU of LOCAL_RANK the current one, and return the backends of the processes."""
+    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+        return "gloo"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank < torch.cuda.device_count():  # with --device cpu there may be more processes
+        torch.cuda.set_device(local_rank)
+    return "cpu:gloo,cuda:nccl"  # numbers and flags are exchanged on the CPU
 
 
 def from_first_process(load: Callable[[], Any]) -> Any:
@@ -127,13 +137,9 @@ def first_process_first(load: Callable[[], Any]) -> Any:
     """load() in every process: what rank 0 downloads or decodes, the others find done."""
     if not dist.is_initialized():
         return load()
-    if dist.get_rank() > 0:
-        with ended_by_signals():
-            dist.barrier()
-        return load()
-    loaded = load()
-    dist.barrier()
-    return loaded
+    loaded = load() if dist.get_rank() == 0 else None
+    from_first_process(lambda: None)  # the others wait here
+    return loaded if dist.get_rank() == 0 else load()
 
 
 def share_of_this_process(items: Sequence[Any]) -> Sequence[Any]:
