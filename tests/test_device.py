@@ -1,5 +1,6 @@
 """Where it runs: the rule behind precision auto, which --resume keeps; memory format; compiling."""
 
+import copy
 import math
 import subprocess
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from helpers import (
     train,
 )
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_compiler
 
 from utils import device
 from utils.device import fastest_precision, maybe_compile, memory_format, select_precision
@@ -210,6 +213,27 @@ def in_minutes(tmp_path: Path, **changes: str) -> Callable[..., subprocess.Compl
     """A script that is started by it has time to compile, and a cache of its own."""
     env = environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), **changes)
     return partial(script, timeout=600, env=env)
+
+
+def test_where_the_backward_pass_does_not_compile_it_goes_on(monkeypatch, capsys):
+    config = pytest.importorskip("torch._functorch.config")
+    if not hasattr(config, "force_non_lazy_backward_lowering"):
+        pytest.skip("this PyTorch compiles the backward pass at the first backward() alone")
+
+    def no_backward(graph: torch.fx.GraphModule, inputs: list) -> None:
+        raise RuntimeError("no backward pass")
+
+    backend = aot_autograd(fw_compiler=make_boxed_compiler(lambda graph, inputs: graph),
+                           bw_compiler=no_backward)
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: backend)
+    plain = nn.Linear(3, 2)
+    compiled = copy.deepcopy(plain)
+    maybe_compile("on", CPU, 1, compiled)
+    x = torch.randn(4, 3)
+    for network in (plain, compiled):
+        network(x).square().sum().backward()
+    assert torch.equal(compiled.weight.grad, plain.weight.grad)
+    assert capsys.readouterr().err.count("torch.compile failed (no backward pass)") == 1
 
 
 @pytest.mark.slow

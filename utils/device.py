@@ -48,7 +48,8 @@ def select_device(name: str) -> torch.device:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # TF32 where a product is left in fp32
+    torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have by default
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it has refused shapes; the others take all
     return device
 
 
@@ -117,8 +118,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 def maybe_compile(
     setting: str, device: torch.device, calls: float, *networks: nn.Module
 ) -> None:
-    """Compile the networks in place: if asked to, or by auto if so many calls pay for it."""
-    pays = device.type == "cuda" and calls >= 2000
+    """Compile the networks in place: if asked to, or by auto if so many calls pay for it.
+
+    Not by auto before PyTorch 2.5: its fused Adam refuses the layout of some compiled gradients.
+    """
+    pays = device.type == "cuda" and calls >= 2000 and torch.__version__ >= (2, 5)
     if setting == "on" or (setting == "auto" and pays):
         for network in networks:
             network.compile(backend=inductor_or_eager)
@@ -126,8 +130,14 @@ def maybe_compile(
 
 def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
     """torch.compile's own backend; if it fails, a warning, and the network runs as it is."""
+    from torch._functorch import config  # here, since it is of use for compiling alone
+
+    # The backward pass too: it is compiled at the first backward() otherwise, out of this try.
+    at_once = "force_non_lazy_backward_lowering"
+    options = {at_once: True} if hasattr(config, at_once) else {}
     try:
-        return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+        with config.patch(options):
+            return torch._dynamo.lookup_backend("inductor")(graph, inputs)
     except Exception as error:  # a compiler that is missing or broken can raise anything
         reason = brief(error)
         warn(f"torch.compile failed ({reason}): going on without it")
