@@ -10,6 +10,7 @@
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,27 +143,25 @@ def bpd(sampler: Sampler, data: Config, args: argparse.Namespace) -> Fields:
         chosen = np.linspace(0, len(images) - 1, args.num_images).astype(int)
         images = images[chosen]
     evaluations = T if K is None else K + 1
-    calls = evaluations * len(images) / sampler.batch_size
     batches = []
     total = len(images) * evaluations
     bar = progress_bar(total=total, unit=" evaluations", unit_scale=True)
-    with bar, sampler.running(calls):
+    with bar, sampler.running(len(images), evaluations):
         for first in range(0, len(images), sampler.batch_size):
-            pixels = images[first:first + sampler.batch_size]
-            x_start = to_float(torch.tensor(pixels, device=sampler.device))
-            count = len(x_start)
-            indices = range(first, first + count)
+            count = min(sampler.batch_size, len(images) - first)
+            indices = sampler.filled_up(range(first, first + count))
+            x_start = to_float(torch.tensor(images[indices], device=sampler.device))
             timesteps = None
             if K is not None:
                 timesteps = random_timesteps(sampler.seed, indices, K, T).to(sampler.device)
             noise = sampler.noise(sampler.seed, indices)
 
-            def randn_like(x: Tensor, noise: ImageNoise = noise) -> Tensor:
-                bar.update(len(x))  # here, since it is called once per evaluation
+            def randn_like(x: Tensor, noise: ImageNoise = noise, count: int = count) -> Tensor:
+                bar.update(count)  # here, since it is called once per evaluation
                 return noise(x)
 
             terms = bits_per_dim(sampler.ddpm, x_start, timesteps, randn_like)
-            batches.append({name: value.cpu().double() for name, value in terms.items()})
+            batches.append({name: value[:count].cpu().double() for name, value in terms.items()})
 
     terms = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     standard_error = None
@@ -183,7 +182,7 @@ def bpd(sampler: Sampler, data: Config, args: argparse.Namespace) -> Fields:
     }
 
 
-def random_timesteps(seed: int, indices: range, K: int, T: int) -> Tensor:
+def random_timesteps(seed: int, indices: Sequence[int], K: int, T: int) -> Tensor:
     """K different ones of 1..T-1 for each image [K, B]."""
     columns = []
     for index in indices:
@@ -208,7 +207,7 @@ def fid(sampler: Sampler, data: Config, args: argparse.Namespace) -> Fields:
         origin = f"{args.images}, {made_by}"
     else:
         count = args.num_samples or 50_000
-        with sampler.running(sampler.calls(count)):  # not around Inception, which is fp32
+        with sampler.running(count, sampler.steps):  # not around Inception, which is fp32
             images = sampler.images(count).numpy()
         origin = f"{sampler.describe()}, seed {sampler.seed}, {sampler.precision}"
     if min(len(images), len(reference)) < 2:

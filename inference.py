@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     say(f"{sampler.path}: step {sampler.training_steps:,}, {config.image_size} x "
         f"{config.image_size} x {config.channels}, T = {config.timesteps}, on {world_size} x "
         f"{sampler.device.type} in {sampler.precision}")
-    with sampler.running(sampler.calls(args.num_samples or NUM_SAMPLES["sample"])):
+    with sampler.running(args.num_samples or NUM_SAMPLES["sample"], sampler.steps):
         for mode in modes:
             MODES[mode](sampler, args)
     return 0

@@ -140,7 +140,7 @@ def sampler_of(args: argparse.Namespace, path: Path, steps: int | None = None) -
 
 def samples(sampler: Sampler, count: int) -> Tensor:
     """The first images of the seed, [count, C, S, S] in [-1, 1]: image i always has noise i."""
-    with sampler.running(sampler.calls(count)):
+    with sampler.running(count, sampler.steps):
         return to_float(sampler.images(count))
 
 

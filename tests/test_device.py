@@ -182,7 +182,7 @@ def test_in_16_bits_a_cpu_is_faster_without_channels_last():
 ])
 def test_auto_compiles_on_a_gpu_where_the_steps_pay_for_it(setting, kind, steps, expected):
     networks = [nn.Identity(), nn.Identity()]
-    maybe_compile(setting, torch.device(kind), steps, *networks)
+    assert maybe_compile(setting, torch.device(kind), steps, *networks) == expected
     for network in networks:
         assert (network._compiled_call_impl is not None) == expected
 
@@ -234,6 +234,26 @@ def test_where_the_backward_pass_does_not_compile_it_goes_on(monkeypatch, capsys
         network(x).square().sum().backward()
     assert torch.equal(compiled.weight.grad, plain.weight.grad)
     assert capsys.readouterr().err.count("torch.compile failed (no backward pass)") == 1
+
+
+@pytest.mark.parametrize("script", [
+    ["inference.py", "--npz", "x.npz", "--num_samples", "5", "--steps", "3"],
+    ["evaluate.py", "--metric", "bpd", "--json", "x.npz", "--num_images", "5",
+     "--timesteps_per_image", "2"],
+])
+def test_a_compiled_network_sees_one_shape_of_batch(script, checkpoint, tmp_path, monkeypatch):
+    def without_compiling(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        shapes.extend(x.shape for x in inputs if getattr(x, "shape", ())[1:] == (3, 8, 8))
+        return graph.forward
+
+    shapes, written = [], []
+    monkeypatch.setattr(device, "inductor_or_eager", without_compiling)
+    line = ["--checkpoint", str(checkpoint), "--precision", "fp32", "--batch_size", "2"]
+    for setting in ("off", "on"):
+        succeeded(called(*script, *line, "--compile", setting, cwd=tmp_path))
+        written.append((tmp_path / "x.npz").read_bytes())
+    assert shapes == [(2, 3, 8, 8)]
+    assert written[0] == written[1]
 
 
 @pytest.mark.slow

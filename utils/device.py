@@ -117,15 +117,18 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 def maybe_compile(
     setting: str, device: torch.device, calls: float, *networks: nn.Module
-) -> None:
+) -> bool:
     """Compile the networks in place: if asked to, or by auto if so many calls pay for it.
 
-    Not by auto before PyTorch 2.5: its fused Adam refuses the layout of some compiled gradients.
+    Returns whether it did.  Before PyTorch 2.5 auto does not, since the fused Adam there refuses
+    the layout of some compiled gradients.
     """
     pays = device.type == "cuda" and calls >= 2000 and torch.__version__ >= (2, 5)
-    if setting == "on" or (setting == "auto" and pays):
+    wanted = setting == "on" or (setting == "auto" and pays)
+    if wanted:
         for network in networks:
             network.compile(backend=inductor_or_eager)
+    return wanted
 
 
 def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:

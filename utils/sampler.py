@@ -1,7 +1,7 @@
 """A checkpoint ready to sample, and the flags that say which one and how.
 
     sampler = Sampler(args)                        args: of add_sampler_flags
-    with sampler.running(calls):                   compiled if that pays, in its precision
+    with sampler.running(16, sampler.steps):       compiled if that pays, in its precision
         images = sampler.images(16)                uint8 [16, C, H, W]
 """
 
@@ -60,6 +60,7 @@ class Sampler:
         self.ddpm = DDPM(model, self.config).to(self.device)
         self.shape = (config.channels, config.image_size, config.image_size)
         self.seed, self.batch_size, self.compile = args.seed, args.batch_size, args.compile
+        self.fills_up = False
 
         T = config.timesteps
         self.steps = args.steps or T
@@ -80,14 +81,24 @@ class Sampler:
                 raise UserError(f"--{name} has no effect {where}")
 
     @contextmanager
-    def running(self, calls: float) -> Iterator[None]:
-        """Inside, the network is compiled if so many calls pay for it, and runs in its precision.
+    def running(self, images: int, evaluations: int) -> Iterator[None]:
+        """Inside, the network runs in its precision, compiled if the evaluations pay for it.
 
-        No gradient is taken.
+        evaluations: of each image.  No gradient is taken.
         """
-        maybe_compile(self.compile, self.device, calls, self.ddpm.model)
+        calls = images / self.batch_size * evaluations
+        is_compiled = maybe_compile(self.compile, self.device, calls, self.ddpm.model)
+        self.fills_up = is_compiled and images > self.batch_size
         with torch.no_grad(), autocast(self.device, self.precision):
             yield
+
+    def filled_up(self, indices: Sequence[int]) -> Sequence[int]:
+        """The indices of a batch; the last one's are repeated if the network is compiled.
+
+        It would be compiled again for a smaller batch.
+        """
+        missing = self.batch_size - len(indices)
+        return [*indices, *[indices[-1]] * missing] if self.fills_up else indices
 
     def noise(self, seed: int, indices: Sequence[int]) -> ImageNoise:
         return ImageNoise(seed, indices, self.shape, self.device)
@@ -110,21 +121,17 @@ class Sampler:
         with progress_bar(total=evaluations, unit=" evaluations", unit_scale=True) as bar:
             for first in range(0, len(indices), self.batch_size):
                 batch = indices[first:first + self.batch_size]
-                randn_like = self.noise(self.seed, batch)
+                randn_like = self.noise(self.seed, self.filled_up(batch))
                 x_T = randn_like()
                 for _, x in self.chain(x_T, randn_like):
                     bar.update(len(batch))
                 done = first + len(batch)
                 bar.set_postfix_str(f"{done:,}/{len(indices):,} images", refresh=False)
-                yield batch, to_uint8(x).cpu()
+                yield batch, to_uint8(x[:len(batch)]).cpu()
 
     def images(self, count: int) -> Tensor:
         """The first so many images, uint8 [count, C, H, W] on the CPU."""
         return torch.cat([images for _, images in self.batches(range(count))])
-
-    def calls(self, images: int) -> float:
-        """How often the network is called for so many images, counted in full batches."""
-        return images / self.batch_size * self.steps
 
     def describe(self) -> str:
         if self.is_algorithm_2:
