@@ -41,9 +41,12 @@ class TrainingState:
         self.model = UNet(config).to(
             device, memory_format=memory_format(device, config.precision))
         self.ema = copy.deepcopy(self.model).eval()
-        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
+        # Lists, since to walk through the modules takes longer than to launch a kernel.
+        self.parameters = list(self.model.parameters())
+        self.ema_parameters = list(self.ema.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, fused=True)
         # As Adam's first step would, since latest.pth is saved before that, and loaded into these.
-        for p in self.model.parameters():
+        for p in self.parameters:
             self.optimizer.state[p] = {"step": torch.zeros((), device=device),
                                        "exp_avg": torch.zeros_like(p),
                                        "exp_avg_sq": torch.zeros_like(p)}
@@ -100,7 +103,7 @@ def train_step(
     losses, t = accumulate_gradient(ddpm, state.scaler, x_start, config)
     state.scaler.unscale_(state.optimizer)
     max_norm = config.grad_clip or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), max_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters, max_norm)
     if state.scaler.is_enabled():
         # Where fp16 overflows the scaler skips the update and lowers its scale; the step counts.
         grad_norm = grad_norm.nan_to_num(0.0, 0.0, 0.0)
@@ -111,7 +114,7 @@ def train_step(
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad()
-    update_ema(state.ema, state.model, ema_decay(config, state.step))
+    update_ema(state.ema_parameters, state.parameters, ema_decay(config, state.step))
     state.step += 1
     state.images_seen += config.batch_size
     return losses, t, grad_norm
@@ -155,10 +158,10 @@ def ema_decay(config: Config, step: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema: UNet, model: UNet, decay: float) -> None:
-    """ema = decay * ema + (1 - decay) * model, for each parameter, in fp32."""
+def update_ema(ema: list[Tensor], parameters: list[Tensor], decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * parameter, for each of them, in fp32."""
     # lerp for all of them at once: a few kernels instead of hundreds.
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    torch._foreach_lerp_(ema, parameters, 1 - decay)
 
 
 def train(run: RunFolder, config: Config, rank: int, world_size: int) -> int:
@@ -247,7 +250,7 @@ def describe(
     device: torch.device, world_size: int,
 ) -> str:
     """The banner: what is trained on what, where; shape: of the images [N, C, H, W]."""
-    parameters = sum(p.numel() for p in state.model.parameters())
+    parameters = sum(p.numel() for p in state.parameters)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     count, channels, height, width = shape
     return (
