@@ -25,7 +25,14 @@ from data import Batches, load_images, mirror_half, to_uint8
 from ddpm import DDPM
 from model import UNet
 from utils.cli import CommandLine, UserError, progress_bar, say, warn
-from utils.device import autocast, maybe_compile, memory_format, select_device, select_precision
+from utils.device import (
+    LossScaler,
+    autocast,
+    maybe_compile,
+    memory_format,
+    select_device,
+    select_precision,
+)
 from utils.metrics import Metrics
 from utils.pictures import grid
 from utils.process import StopSignal, first_process_first, run_script, start_processes
@@ -50,7 +57,7 @@ class TrainingState:
             self.optimizer.state[p] = {"step": torch.zeros((), device=device),
                                        "exp_avg": torch.zeros_like(p),
                                        "exp_avg_sq": torch.zeros_like(p)}
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.scaler = LossScaler(device.type, enabled=config.precision == "fp16")
         self.metrics = Metrics(config.timesteps, device)  # the sums of the next row
         self.step = 0  # updates done
         self.images_seen = 0  # the position in the data

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,16 +60,23 @@ def test_a_cpu_takes_bf16_where_it_is_fast(text, expected, tmp_path, monkeypatch
     assert fastest_precision(CPU) == expected
 
 
-@pytest.mark.parametrize(("capability", "expected"), [
-    ((12, 0), "bf16"),
-    ((8, 0), "bf16"),
-    ((7, 5), "fp16"),
-    ((7, 0), "fp16"),
-    ((6, 1), "fp32"),
+@pytest.mark.parametrize(("name", "major", "arch", "expected"), [
+    ("NVIDIA GeForce RTX 5090", 12, "", "bf16"),
+    ("NVIDIA H100 80GB HBM3", 9, "", "bf16"),
+    ("NVIDIA A100-SXM4-40GB", 8, "", "bf16"),
+    ("Tesla T4", 7, "", "fp16"),
+    ("Tesla V100-SXM2-16GB", 7, "", "fp16"),
+    ("NVIDIA GeForce GTX 1660 Ti", 7, "", "fp32"),  # as a T4 has it, but without tensor cores
+    ("Tesla P100-PCIE-16GB", 6, "", "fp32"),
+    ("AMD Instinct MI300X", 9, "gfx942:sramecc+:xnack-", "bf16"),
+    ("AMD Instinct MI210", 9, "gfx90a:sramecc+:xnack-", "bf16"),
+    ("AMD Instinct MI100", 9, "gfx908:sramecc+:xnack-", "fp32"),
+    ("AMD Radeon RX 7900 XTX", 11, "gfx1100", "fp32"),
 ])
-def test_a_gpu_takes_16_bits_where_it_has_them(capability, expected, monkeypatch):
-    capabilities = {CUDA: capability}
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capabilities[gpu])
+def test_a_gpu_takes_16_bits_where_it_has_them(name, major, arch, expected, monkeypatch):
+    gpus = {CUDA: SimpleNamespace(name=name, major=major, gcnArchName=arch)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpus[device])
+    monkeypatch.setattr(torch.version, "hip", "6.2" if arch else None)
     assert fastest_precision(CUDA) == expected
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import arrays, called, infer, refused, save_network, tiny
+from helpers import arrays, called, infer, refused, save_network, succeeded, tiny
 from PIL import Image
 
 import inference
 from ddpm import DDPM
 from inference import slerp
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.sampler import Sampler
 
 # The same picture every time
@@ -40,6 +41,17 @@ def test_each_flag_of_the_sampler_changes_the_picture(checkpoint, tmp_path):
     assert len(pictures) == 6
     whole_chain = arrays(checkpoint, tmp_path, "--num_samples", 2, "--steps", 30)
     assert whole_chain.tobytes() in pictures
+
+
+def test_a_network_that_overflows_in_16_bits_is_refused(checkpoint, tmp_path):
+    content = load_checkpoint(checkpoint)
+    content["ema"]["down.0.conv1.weight"] *= 1e6  # fp16 ends at 65504
+    save_checkpoint(content, tmp_path / "large.pth")
+    line = ["--checkpoint", "large.pth", "--steps", "2", "--precision"]
+    succeeded(called("inference.py", *line, "fp32", cwd=tmp_path))
+    result = called("inference.py", *line, "fp16", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "overflows in fp16: use --precision fp32" in result.stderr
 
 
 # --mode process

@@ -15,6 +15,7 @@ from data import Batches, load_images, to_float
 from ddpm import DDPM, linear_beta_schedule
 from model import UNet
 from train import TrainingState, count_steps, ema_decay, learning_rate, train_step
+from utils.device import LossScaler
 from utils.randomness import derive_seed
 
 CPU = torch.device("cpu")
@@ -302,9 +303,9 @@ def test_fp16_gives_the_optimizer_the_gradient_without_its_scale():
     assert norm_of(scaled.gradients[0]).item() == pytest.approx(1, rel=0.01)  # grad_clip
 
 
-def test_a_step_that_overflows_in_fp16_counts_and_changes_no_weight():
+def test_a_step_that_overflows_in_fp16_counts_and_changes_no_weight(capsys):
     training = Training(tiny(precision="fp16"))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    scaler = LossScaler("cpu", init_scale=1e38)
     training.state.scaler = scaler
     before = {name: p.clone() for name, p in training.state.model.named_parameters()}
     losses, _, grad_norm = training.step()
@@ -314,6 +315,9 @@ def test_a_step_that_overflows_in_fp16_counts_and_changes_no_weight():
     assert scaler.get_scale() == pytest.approx(5e37)
     for name, p in training.state.model.named_parameters():
         assert torch.equal(p, before[name])
+    training.step()
+    assert scaler.get_scale() == pytest.approx(2.5e37)
+    assert capsys.readouterr().err.count("overflowed in fp16") == 1
 
 
 # Progress, by images seen

@@ -83,10 +83,13 @@ def select_precision(name: str, device: torch.device) -> str:
 def fastest_precision(device: torch.device) -> str:
     """The rule: bf16 where the hardware has it, else fp16 if that is fast there, else fp32."""
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability >= (8, 0):
+        gpu = torch.cuda.get_device_properties(device)
+        if torch.version.hip:  # an AMD GPU: MI200 and later
+            return "bf16" if gpu.gcnArchName.startswith(("gfx90a", "gfx94", "gfx95")) else "fp32"
+        if gpu.major >= 8:
             return "bf16"
-        return "fp16" if capability >= (7, 0) else "fp32"
+        # A GTX 16xx has no tensor cores, and is known for NaN in fp16.
+        return "fp16" if gpu.major == 7 and "GTX 16" not in gpu.name else "fp32"
     if device.type == "cpu" and Path("/proc/cpuinfo").exists():
         words = set(Path("/proc/cpuinfo").read_text().split())
         # An Intel with AVX512_BF16 alone is slower in bf16 than in fp32.
@@ -111,6 +114,20 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
+
+
+class LossScaler(torch.amp.GradScaler):
+    """PyTorch's scaler for fp16; it says so when it leaves out an update for the first time."""
+
+    has_skipped = False
+
+    def update(self, *arguments: Any) -> None:
+        scale = self.get_scale()
+        super().update(*arguments)
+        if self.get_scale() < scale and not self.has_skipped:
+            self.has_skipped = True
+            warn(f"a gradient overflowed in fp16: that update is left out, and the scale becomes "
+                 f"{self.get_scale():g}; this is usual at the start, and not said again")
 
 
 # Compiling

@@ -106,11 +106,18 @@ class Sampler:
     def chain(
         self, x_t: Tensor, randn_like: RandnLike, t_start: int | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """From x_t at t_start (T - 1 if None) to the image: yields (t, x after the step at t)."""
+        """From x_t at t_start (T - 1 if None) to the image: yields (t, x after the step at t).
+
+        Raises UserError if the image is not finite.
+        """
         # eta is None for Algorithm 2 alone, so sample_loop decides as __init__ did.
         steps = self.steps if t_start is None else min(self.steps, t_start + 1)
-        return ddim.sample_loop(
+        chain = ddim.sample_loop(
             self.ddpm, x_t, steps, self.eta, self.spacing, self.order, randn_like, t_start)
+        for t, x in chain:
+            yield t, x
+        if not x.isfinite().all():
+            raise UserError(f"the network overflows in {self.precision}: use --precision fp32")
 
     def batches(self, indices: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
         """The images of these indices, batch by batch: (indices, uint8 [B, C, H, W] on the CPU).
