@@ -46,7 +46,8 @@ class Config:
     num_res_blocks: int = fixed(
         2, "residual blocks per level on the way down (up: one more)", 1, 1000)
     attn_resolutions: tuple[int, ...] = fixed(
-        (16,), "self-attention at these feature-map sizes, and always in the middle", 1, 4096)
+        (16,), "self-attention at these feature-map sizes if a level has them, and always in the "
+        "middle", 1, 4096)
     dropout: float = setting(0.1, "inside the residual blocks, in training only")
 
     timesteps: int = fixed(1000, "T, the length of the diffusion", 2, 1e6, heading="diffusion")
@@ -136,9 +137,14 @@ class Config:
         levels = len(self.dim_mults)
         multiple = 2 ** (levels - 1)
         nearest = max(1, round(self.image_size / multiple)) * multiple
-        remedy = f"{levels} levels need a multiple of {multiple}, for example {nearest}"
+        fitting = [n for n in range(1, levels + 1) if self.image_size % 2 ** (n - 1) == 0]
+        fewer = " ".join(map(str, self.dim_mults[:fitting[-1]]))
+        remedy = (f"{levels} levels need a multiple of {multiple}, for example {nearest}; or have "
+                  f"fewer levels, for example --dim_mults {fewer}")
         self.require("image_size", self.image_size % multiple == 0, remedy)
         sizes = level_sizes(self.image_size, self.dim_mults)
+        if self.attn_resolutions is Config.attn_resolutions:  # the default, which nobody asked for
+            self.attn_resolutions = tuple(s for s in self.attn_resolutions if s in sizes)
         known = all(size in sizes for size in self.attn_resolutions)
         self.require("attn_resolutions", known, f"the levels here are of size {sizes}: "
                      "name some of these, or none (the middle of the U-Net always attends)")

@@ -109,6 +109,19 @@ def test_attention_at_the_size_of_any_level_or_none(sizes):
     assert Config(attn_resolutions=sizes).attn_resolutions == sizes
 
 
+@pytest.mark.parametrize(("image_size", "attends"), [
+    (8, ()), (16, (16,)), (48, ()), (64, (16,)), (96, ()), (128, (16,)), (256, ())])
+def test_the_default_attention_is_at_16_if_a_level_has_that_size(image_size, attends):
+    assert Config(image_size=image_size).attn_resolutions == attends
+
+
+@pytest.mark.parametrize("image_size", [20, 28])
+def test_a_size_that_the_levels_do_not_divide_names_levels_that_do(image_size):
+    with pytest.raises(ValueError, match="--dim_mults 1 2 4$"):
+        Config(image_size=image_size)
+    assert Config(image_size=image_size, dim_mults=(1, 2, 4)).attn_resolutions == ()
+
+
 def test_help_has_the_groups_of_config_py(capsys):
     """Blank lines part the fields there; each group is a heading of --help."""
     source = inspect.getsource(Config).split("def __post_init__")[0]
