@@ -2,7 +2,8 @@
 
 In bf16 and fp16 the network's convolutions and matrix products run in 16 bits, and on a CPU the
 layers between them.  The time embedding, the network's output, the schedule, the loss, the weights,
-their average and the optimizer stay in fp32 whatever the precision.
+their average and the optimizer stay in fp32 whatever the precision.  On NVIDIA GPUs since Ampere
+the convolutions and products of fp32 are TF32.
 """
 
 import ctypes
