@@ -220,6 +220,7 @@ def test_random_timesteps_are_different_and_uniform():
     assert (counts[1:] - expected).abs().max() < 5 * math.sqrt(expected)
     # They depend on the seed and the image alone.
     assert torch.equal(drawn[:, 5:9], random_timesteps(0, range(5, 9), 3, 30))
+    assert not torch.equal(drawn, random_timesteps(1, range(2000), 3, 30))
     assert not torch.equal(drawn[:, 1:], random_timesteps(1, range(1999), 3, 30))
 
 
