@@ -1,4 +1,4 @@
-"""The network: size, shapes, gradients, and what makes it fast; its numbers: test_parity.py."""
+"""The network: size, shapes, wiring, gradients, and what makes it fast; numbers: test_parity.py."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 from config import PRESETS, Config
 from ddpm import DDPM
-from model import UNet, attend
+from model import Attention, Downsample, ResBlock, UNet, attend, sinusoid
 
 
 def parameters(config: Config) -> int:
@@ -93,3 +93,47 @@ def test_attention_is_the_same_by_hand():
     assert torch.equal(attend(q, k, v), exact)
     by_hand = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert (by_hand - exact).abs().max() < 0.03
+
+
+def test_sinusoid_is_sin_then_cos_from_frequency_1_to_1_over_10000():
+    t = torch.tensor([0, 7, 999])
+    frequencies = torch.tensor([1, 1e-2, 1e-4], dtype=torch.float64)
+    angles = t[:, None] * frequencies
+    expected = torch.cat([angles.sin(), angles.cos()], dim=1)
+    torch.testing.assert_close(sinusoid(t, 6).double(), expected, atol=1e-4, rtol=0)
+
+
+def test_attention_is_softmax_of_the_scaled_products():
+    attention = Attention(16, groups=4)
+    for weight in attention.parameters():
+        nn.init.normal_(weight, std=0.5)
+    x = torch.randn(2, 16, 4, 4)
+    tokens = attention.norm(x).flatten(2).transpose(1, 2)
+    q, k, v = (tokens @ attention.qkv.weight.T + attention.qkv.bias).chunk(3, dim=-1)
+    weights = torch.softmax(q @ k.transpose(1, 2) / 4, dim=-1)  # sqrt(16)
+    expected = x + attention.proj(weights @ v).transpose(1, 2).reshape(x.shape)
+    torch.testing.assert_close(attention(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_downsampling_pads_on_the_right_and_below_only():
+    down = Downsample(1)
+    nn.init.zeros_(down.conv.bias)
+    nn.init.zeros_(down.conv.weight)
+    down.conv.weight.data[0, 0, 0, 0] = 1  # the upper left corner of what the kernel sees
+    x = torch.randn(1, 1, 6, 6)
+    assert torch.equal(down(x, None), x[:, :, ::2, ::2])
+
+
+def test_each_block_on_the_way_up_gets_the_last_skip_that_is_left():
+    """Also where several are of one shape, so that another order would run."""
+    model = random_unet(tiny(dim_mults=(1, 1), num_res_blocks=2))
+    outputs, inputs = [], []
+    for block in (model.conv_in, *model.down):
+        block.register_forward_hook(lambda block, args, output: outputs.append(output))
+    for block in model.up:
+        if isinstance(block, ResBlock):
+            block.register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
+    model(torch.randn(2, 3, 8, 8), torch.tensor([3, 20]))
+    assert len(inputs) == len(outputs) == 6
+    for h, skip in zip(inputs, reversed(outputs), strict=True):
+        assert torch.equal(h[:, -skip.shape[1]:], skip)
