@@ -240,7 +240,10 @@ def count_steps(config: Config, state: TrainingState, num_images: int) -> int:
 
 
 def sample_grid(ddpm: DDPM, config: Config, stop: StopSignal) -> Image.Image | None:
-    """Samples from the same noise at every step, with the EMA weights; None if it is stopped."""
+    """Samples from the same noise at every step, with the EMA weights.
+
+    None if it is stopped, or if they are not finite.
+    """
     device = ddpm.betas.device
     shape = (config.channels, config.image_size, config.image_size)
     randn_like = ImageNoise(config.seed, range(config.num_samples), shape, device)
@@ -249,6 +252,9 @@ def sample_grid(ddpm: DDPM, config: Config, stop: StopSignal) -> Image.Image | N
         for _, x in ddim.sample_loop(ddpm, randn_like(), steps, randn_like=randn_like):
             if stop.number:
                 return None
+    if not x.isfinite().all():
+        warn(f"the network overflows in {config.precision}: no grid is drawn")
+        return None
     return grid(to_uint8(x))
 
 

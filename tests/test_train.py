@@ -2,11 +2,12 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import SHORT, metrics_rows, random_unet, succeeded, tiny, train
+from helpers import SHORT, Constant, metrics_rows, random_unet, succeeded, tiny, train
 from PIL import Image
 from torch import Tensor
 
@@ -14,7 +15,14 @@ from config import Config
 from data import Batches, load_images, to_float
 from ddpm import DDPM, linear_beta_schedule
 from model import UNet
-from train import TrainingState, count_steps, ema_decay, learning_rate, train_step
+from train import (
+    TrainingState,
+    count_steps,
+    ema_decay,
+    learning_rate,
+    sample_grid,
+    train_step,
+)
 from utils.device import LossScaler
 from utils.randomness import derive_seed
 
@@ -301,6 +309,13 @@ def test_fp16_gives_the_optimizer_the_gradient_without_its_scale():
     _, _, scaled_norm = scaled.step()
     assert scaled_norm.item() == pytest.approx(plain_norm.item(), rel=0.05)
     assert norm_of(scaled.gradients[0]).item() == pytest.approx(1, rel=0.01)  # grad_clip
+
+
+def test_a_grid_that_is_not_finite_is_not_drawn(capsys):
+    stop = SimpleNamespace(number=0)
+    assert sample_grid(DDPM(Constant(0.1), tiny()), tiny(), stop) is not None
+    assert sample_grid(DDPM(Constant(math.nan), tiny()), tiny(), stop) is None
+    assert capsys.readouterr().err == "warning: the network overflows in fp32: no grid is drawn\n"
 
 
 def test_a_step_that_overflows_in_fp16_counts_and_changes_no_weight(capsys):

@@ -117,7 +117,8 @@ class Sampler:
         for t, x in chain:
             yield t, x
         if not x.isfinite().all():
-            raise UserError(f"the network overflows in {self.precision}: use --precision fp32")
+            remedy = "" if self.precision == "fp32" else ": use --precision fp32"
+            raise UserError(f"the network overflows in {self.precision}{remedy}")
 
     def batches(self, indices: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
         """The images of these indices, batch by batch: (indices, uint8 [B, C, H, W] on the CPU).
