@@ -97,8 +97,7 @@ def train_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 1, once: the losses [B], their t [B], and the norm of the gradient unclipped.
 
-    B images are this process's share of the batch.  Nothing in it waits for a GPU, but for fp16's
-    scaler.
+    B images are this process's share.  Nothing in it waits for a GPU, but for fp16's scaler.
     """
     # Draw: all that is random follows from the step, so no generator's state is ever saved.
     torch.manual_seed(derive_seed("step", config.seed, state.step, batches.rank))
@@ -240,10 +239,7 @@ def count_steps(config: Config, state: TrainingState, num_images: int) -> int:
 
 
 def sample_grid(ddpm: DDPM, config: Config, stop: StopSignal) -> Image.Image | None:
-    """Samples from the same noise at every step, with the EMA weights.
-
-    None if it is stopped, or if they are not finite.
-    """
+    """EMA samples, from the same noise at every step; None if stopped, or if not finite."""
     device = ddpm.betas.device
     shape = (config.channels, config.image_size, config.image_size)
     randn_like = ImageNoise(config.seed, range(config.num_samples), shape, device)
