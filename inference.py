@@ -10,6 +10,7 @@
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -230,7 +231,8 @@ def main(argv: list[str] | None = None) -> int:
     say(f"{sampler.path}: step {sampler.training_steps:,}, {config.image_size} x "
         f"{config.image_size} x {config.channels}, T = {config.timesteps}, on {world_size} x "
         f"{sampler.device.type} in {sampler.precision}")
-    with sampler.running(args.num_samples or NUM_SAMPLES["sample"], sampler.steps):
+    count = args.num_samples or NUM_SAMPLES["sample"]
+    with sampler.running(math.ceil(count / world_size), sampler.steps):
         for mode in modes:
             MODES[mode](sampler, args)
     return 0

@@ -32,9 +32,16 @@ from helpers import (
 )
 
 from utils.cli import UserError
-from utils.process import StopSignal, run_script
+from utils.process import Interrupted, StopSignal, run_script
 
 # How a script ends
+
+def broken_lock(interruption: BaseException) -> RuntimeError:
+    """What Python makes of a signal that comes while it lets go of a lock."""
+    error = RuntimeError("cannot release un-acquired lock")
+    error.__context__ = interruption
+    return error
+
 
 @pytest.mark.parametrize(("error", "status", "words"), [
     (UserError("try another"), 1, "try another"),
@@ -42,6 +49,8 @@ from utils.process import StopSignal, run_script
     (MemoryError(), 1, "out of memory"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
     (KeyboardInterrupt(), 130, "interrupted"),
+    (broken_lock(KeyboardInterrupt()), 130, "interrupted"),
+    (broken_lock(Interrupted(signal.SIGTERM)), 143, "interrupted"),
 ])
 def test_an_error_is_one_line_and_a_status(error, status, words, capsys):
     def main() -> int:
@@ -167,7 +176,7 @@ def test_a_signal_while_decoding_stops_at_once(number, status, tmp_path):
     start = time.monotonic()
     _, err = process.communicate(timeout=180)
     assert time.monotonic() - start < 30
-    assert process.returncode == status
+    assert process.returncode == status, err
     assert "Traceback" not in err
     assert "interrupted" in err.splitlines()[-1]
     assert not list((tmp_path / "data").iterdir())

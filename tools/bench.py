@@ -190,8 +190,8 @@ def main(argv: list[str] | None = None) -> int:
             contenders[f"diffusers_{precision}"] = (diffusers, replace(config, precision=precision))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print(f"{name}, torch {torch.__version__}, {config.image_size} x {config.image_size}, batch "
-          f"{config.batch_size}, {config.precision}; images per second, and how many times as "
-          "fast ours is")
+          f"{config.batch_size}, {config.precision}; images, or image evaluations, per second, "
+          "and how many times as fast ours is")
     results = take_turns(contenders, args.rounds, args.seconds)
     ratios = {}
     for name, result in results.items():

@@ -1,9 +1,9 @@
 """Where it runs: the device, its precision, compiling.
 
-In bf16 and fp16 the network's convolutions and matrix products run in 16 bits, and on a CPU the
-layers between them.  The time embedding, the network's output, the schedule, the loss, the weights,
-their average and the optimizer stay in fp32 whatever the precision.  On NVIDIA GPUs since Ampere
-the convolutions and products of fp32 are TF32.
+In bf16 and fp16 the network's convolutions and matrix products run in 16 bits, and so do the sums
+of their results; on a CPU also the norms and activations between them.  The time embedding, the
+network's output, the schedule, the loss, the weights, their average and the optimizer stay in fp32
+whatever the precision.  On NVIDIA GPUs since Ampere the convolutions and products of fp32 are TF32.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.cli import UserError, brief, warn
+from utils.cli import UserError, brief, under_torchrun, warn
 from utils.process import from_first_process
 
 
@@ -42,10 +42,13 @@ def select_device(name: str) -> torch.device:
         keep_freed_memory()
     if name != "cuda":
         return torch.device(name)
-    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if index >= count:
-        raise UserError(f"there are {count} GPUs here and more processes: use "
-                        f"--nproc_per_node={count}, or --device cpu")
+    index, processes, gpus = 0, 1, torch.cuda.device_count()
+    if under_torchrun():
+        index = int(os.environ.get("LOCAL_RANK", 0))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > gpus:
+        raise UserError(f"{processes} processes have {gpus} GPUs here: use "
+                        f"--nproc_per_node={gpus}, or --device cpu")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
@@ -82,7 +85,7 @@ def select_precision(name: str, device: torch.device) -> str:
 
 
 def fastest_precision(device: torch.device) -> str:
-    """The rule: bf16 where the hardware has it, else fp16 if that is fast there, else fp32."""
+    """The rule: bf16 if the hardware is fast in it, else fp16 if it is fast in that, else fp32."""
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         if torch.version.hip:  # an AMD GPU: MI200 and later

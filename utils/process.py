@@ -36,17 +36,18 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         problem = describe_os_error(error)
     except (torch.OutOfMemoryError, MemoryError):
         problem = OUT_OF_MEMORY
-    except RuntimeError as error:  # these two have no types of their own
-        if "can't allocate memory" in str(error):
+    except RuntimeError as error:  # these have no types of their own
+        if isinstance(error.__context__, KeyboardInterrupt | Interrupted):
+            # A signal that comes while Python lets go of a lock breaks the lock.
+            status, problem = status_of(error.__context__), INTERRUPTED
+        elif "can't allocate memory" in str(error):
             problem = OUT_OF_MEMORY
         elif dist.is_initialized() and "connection" in str(error).lower():
             problem = PROCESS_ENDED
         else:
             raise
-    except KeyboardInterrupt:
-        status, problem = 128 + signal.SIGINT, INTERRUPTED
-    except Interrupted as error:
-        status, problem = 128 + error.number, INTERRUPTED
+    except (KeyboardInterrupt, Interrupted) as error:
+        status, problem = status_of(error), INTERRUPTED
     finally:
         if dist.is_initialized():
             # Before PyTorch 2.6 destroy_process_group keeps the GIL, and waits for threads of gloo
@@ -164,6 +165,11 @@ class Interrupted(BaseException):
 
     def __init__(self, number: int) -> None:
         self.number = number
+
+
+def status_of(interruption: KeyboardInterrupt | Interrupted) -> int:
+    """The exit status of a process that a signal has ended, as a shell has it."""
+    return 128 + getattr(interruption, "number", signal.SIGINT)
 
 
 # The terminal that is closed (SIGHUP, not on Windows) and the machine that goes down.
