@@ -181,14 +181,18 @@ def test_in_16_bits_a_cpu_is_faster_without_channels_last():
 
 # Compiling
 
-@pytest.mark.parametrize(("setting", "kind", "steps", "expected"), [
-    ("auto", "cuda", 2000, True),
-    ("auto", "cuda", 1999, False),  # fewer steps than pay for it
-    ("auto", "cpu", math.inf, False),
-    ("on", "cpu", 1, True),
-    ("off", "cuda", math.inf, False),
+@pytest.mark.parametrize(("setting", "kind", "steps", "version", "expected"), [
+    ("auto", "cuda", 2000, "2.5.0", True),
+    ("auto", "cuda", 1999, "2.5.0", False),  # fewer steps than pay for it
+    ("auto", "cuda", 2000, "2.4.1", False),
+    ("auto", "cpu", math.inf, "2.5.0", False),
+    ("on", "cpu", 1, "2.4.1", True),
+    ("off", "cuda", math.inf, "2.5.0", False),
 ])
-def test_auto_compiles_on_a_gpu_where_the_steps_pay_for_it(setting, kind, steps, expected):
+def test_auto_compiles_on_a_gpu_where_the_steps_pay_for_it(
+    setting, kind, steps, version, expected, monkeypatch
+):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     networks = [nn.Identity(), nn.Identity()]
     assert maybe_compile(setting, torch.device(kind), steps, *networks) == expected
     for network in networks:
