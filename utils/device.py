@@ -126,9 +126,12 @@ class LossScaler(torch.amp.GradScaler):
     has_skipped = False
 
     def update(self, *arguments: Any) -> None:
+        if self.has_skipped:  # to read the scale waits for the GPU
+            super().update(*arguments)
+            return
         scale = self.get_scale()
         super().update(*arguments)
-        if self.get_scale() < scale and not self.has_skipped:
+        if self.get_scale() < scale:
             self.has_skipped = True
             warn(f"a gradient overflowed in fp16: that update is left out, and the scale becomes "
                  f"{self.get_scale():g}; this is usual at the start, and not said again")

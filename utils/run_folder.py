@@ -232,14 +232,13 @@ class RunFolder:
     def end(self, state: State, total_steps: int, signal: int) -> int:
         """Save everything, say where it is, and return the exit status."""
         finished = state.step == total_steps
-        self.save_the_last(state, total_steps)
+        self.save_the_last(state, total_steps, finished)
         if not finished:
             return 128 + signal
         return 1 if self.unwritten & {self.latest, self.final, self.metrics_csv} else 0
 
     @first_process_only
-    def save_the_last(self, state: State, total_steps: int) -> None:
-        finished = state.step == total_steps
+    def save_the_last(self, state: State, total_steps: int, finished: bool) -> None:
         self.save_latest(state)
         if finished:
             self.save_weights(state, self.final)
@@ -252,7 +251,7 @@ class RunFolder:
             say(f"finished {state.step:,} steps: {where}")
         else:
             say(f"stopped after {state.step:,} of {total_steps:,} steps: {where}; the same "
-                  "command with --resume goes on")
+                "command with --resume goes on")
 
     # Writing
 
