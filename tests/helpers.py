@@ -181,11 +181,13 @@ def torchrun(
     return [*line, *options, str(ROOT / name), *map(str, arguments)]
 
 
-def succeeds_under_torchrun(source: str, folder: Path, *arguments: str) -> None:
-    """Two processes of this Python code end without an error."""
-    path = folder / "two_processes.py"
+def succeeds_under_torchrun(
+    source: str, folder: Path, *arguments: str, processes: int = 2
+) -> None:
+    """So many processes of this Python code end without an error."""
+    path = folder / "processes.py"
     path.write_text(source)
-    line = torchrun(str(path), *arguments)
+    line = torchrun(str(path), *arguments, processes=processes)
     succeeded(subprocess.run(
         line, capture_output=True, text=True, timeout=120, env=environment(), check=False))
 

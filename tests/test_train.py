@@ -35,16 +35,17 @@ class Training:
     """It is what train.py sets up, and records what each step does."""
 
     def __init__(
-        self, config: Config, images: np.ndarray | None = None, rank: int = 0, world_size: int = 1
+        self, config: Config, images: np.ndarray | None = None, rank: int = 0, world_size: int = 1,
+        device: torch.device = CPU,
     ) -> None:
         if images is None:
             images = np.full((1, 3, 8, 8), GREY, np.uint8)
         self.config = config
-        self.batches = Batches(images, config, CPU, rank, world_size)
-        self.state = TrainingState(config, CPU)
+        self.batches = Batches(images, config, device, rank, world_size)
+        self.state = TrainingState(config, device)
         torch.manual_seed(1)
         self.state.model.load_state_dict(random_unet(config).state_dict())
-        self.ddpm = DDPM(self.state.model, config)
+        self.ddpm = DDPM(self.state.model, config).to(device)
         self.seen: list[tuple[Tensor, Tensor, Tensor]] = []  # x_t, t, pred_noise
         self.gradients: list[list[Tensor]] = []  # that the optimizer gets
         self.rates: list[float] = []
@@ -293,17 +294,17 @@ def test_the_first_weights_follow_from_the_seed():
 # 16 bits
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_in_16_bits_the_losses_and_the_weights_are_fp32(precision):
-    training = Training(tiny(precision=precision))
+def test_in_16_bits_the_losses_and_the_weights_are_fp32(precision, device):
+    training = Training(tiny(precision=precision), device=device)
     losses, _, grad_norm = training.step()
     assert losses.dtype == grad_norm.dtype == torch.float32
     for weights in (training.state.model, training.state.ema):
         assert {p.dtype for p in weights.parameters()} == {torch.float32}
 
 
-def test_fp16_gives_the_optimizer_the_gradient_without_its_scale():
-    plain = Training(tiny(dropout=0.0))
-    scaled = Training(tiny(dropout=0.0, precision="fp16"))
+def test_fp16_gives_the_optimizer_the_gradient_without_its_scale(device):
+    plain = Training(tiny(dropout=0.0), device=device)
+    scaled = Training(tiny(dropout=0.0, precision="fp16"), device=device)
     assert scaled.state.scaler.get_scale() > 1000
     _, _, plain_norm = plain.step()
     _, _, scaled_norm = scaled.step()
@@ -318,9 +319,9 @@ def test_a_grid_that_is_not_finite_is_not_drawn(capsys):
     assert capsys.readouterr().err == "warning: the network overflows in fp32: no grid is drawn\n"
 
 
-def test_a_step_that_overflows_in_fp16_counts_and_changes_no_weight(capsys):
-    training = Training(tiny(precision="fp16"))
-    scaler = LossScaler("cpu", init_scale=1e38)
+def test_a_step_that_overflows_in_fp16_counts_and_changes_no_weight(device, capsys):
+    training = Training(tiny(precision="fp16"), device=device)
+    scaler = LossScaler(device.type, init_scale=1e38)
     training.state.scaler = scaler
     before = {name: p.clone() for name, p in training.state.model.named_parameters()}
     losses, _, grad_norm = training.step()
