@@ -48,6 +48,8 @@ class Config:
     attn_resolutions: tuple[int, ...] = fixed(
         (16,), "self-attention at these feature-map sizes if a level has them, and always in the "
         "middle", 1, 4096)
+    norm_groups: int = fixed(
+        0, "groups of group norm, a divisor of dim (0: the most up to 32)", 0, 4096)
     dropout: float = setting(0.1, "inside the residual blocks, in training only")
 
     timesteps: int = fixed(1000, "T, the length of the diffusion", 2, 1e6, heading="diffusion")
@@ -100,6 +102,10 @@ class Config:
         self.require("data", self.data != "", "name a data set or a folder, for example cifar10")
         self.require("dim_mults", len(self.dim_mults) > 0, "give at least one factor: 1 2 4 8")
         self.require("dim", self.dim % 2 == 0, "it must be even, for example 64")
+        if self.norm_groups == 0:
+            self.norm_groups = largest_divisor(self.dim, most=32)
+        divides = self.dim % self.norm_groups == 0
+        self.require("norm_groups", divides, f"it must divide dim={self.dim}; 0 chooses for you")
         self.check_levels()
         self.require("dropout", self.dropout < 1, "it must be below 1, for example 0.1")
         if self.beta_schedule == "linear":
@@ -170,6 +176,10 @@ FIXED = [f.name for f in fields(Config) if f.metadata["fixed"]]
 def level_sizes(image_size: int, dim_mults: tuple[int, ...]) -> list[int]:
     """The sizes of the feature maps, level by level."""
     return [image_size // 2**level for level in range(len(dim_mults))]
+
+
+def largest_divisor(number: int, most: int) -> int:
+    return max(n for n in range(1, most + 1) if number % n == 0)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -27,8 +27,7 @@ class UNet(nn.Module):
         super().__init__()
         dim = config.dim
         widths = [dim * mult for mult in config.dim_mults]
-        # The largest divisor of dim up to 32: it divides every width, a multiple of dim.
-        groups = max(n for n in range(1, 33) if dim % n == 0)
+        groups = config.norm_groups
 
         def res_block(in_width: int, out_width: int, attention: bool) -> ResBlock:
             return ResBlock(in_width, out_width, 4 * dim, groups, config.dropout, attention)

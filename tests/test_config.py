@@ -69,6 +69,7 @@ def test_digits_are_never_mirrored():  # a flip is right for photographs and wro
     ("dim_mults", (1, 0), "at least 1"),
     ("attn_resolutions", (16, 5), "[32, 16, 8, 4]"),
     ("attn_resolutions", (64,), "or none"),
+    ("norm_groups", 3, "divide dim=64"),
     ("dropout", 1.0, "0.1"),
     ("timesteps", 20, "21"),
     ("timesteps", 1, "2"),

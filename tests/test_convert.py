@@ -71,7 +71,7 @@ UNET_OF_2022 = {
     "layers_per_block": 2,
     "mid_block_scale_factor": 1,
     "norm_eps": 1e-6,
-    "norm_num_groups": 8,
+    "norm_num_groups": 4,
     "out_channels": 3,
     "sample_size": 8,
     "time_embedding_type": "positional",
@@ -93,7 +93,7 @@ SCHEDULER_OF_2022 = {
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 def test_a_folder_laid_out_like_google_ddpm_cifar10_32(suffix, names, tmp_path):
     """Settings and weights lie side by side, and attention layers may have older names."""
-    config = tiny(num_res_blocks=2, attn_resolutions=(8,))
+    config = tiny(num_res_blocks=2, attn_resolutions=(8,), norm_groups=4)
     model = random_unet(config)
     unet = diffusers.UNet2DModel.from_pretrained(exported(model, config, tmp_path) / "unet")
     weights = unet.state_dict()
@@ -118,6 +118,7 @@ def test_a_folder_laid_out_like_google_ddpm_cifar10_32(suffix, names, tmp_path):
     got = Config(**content["config"])
     assert (got.timesteps, got.beta_start, got.beta_end) == (1000, 0.0001, 0.02)
     assert got.variance == "fixed_large"
+    assert got.norm_groups == 4
 
 
 # Refusals
@@ -134,6 +135,8 @@ REFUSED = [
     (UNET, "attention_head_dim", 8, "attention_head_dim=8"),
     (UNET, "act_fn", "gelu", "act_fn='gelu'"),
     (UNET, "in_channels", 4, "channels=4"),
+    (UNET, "norm_num_groups", 3, "norm_groups=3"),
+    (UNET, "norm_num_groups", 0, "norm_num_groups=0"),
     (UNET, "block_out_channels", [8, 20], "block_out_channels=[8, 20]"),
     (UNET, "block_out_channels", [], "block_out_channels=[]"),
     (UNET, "block_out_channels", [0, 0], "block_out_channels=[0, 0]"),

@@ -26,7 +26,7 @@ from helpers import (
 
 import train as train_module
 from config import Config
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.cli import UserError
 from utils.run_folder import RunFolder
 
@@ -64,6 +64,18 @@ def test_resume_in_the_middle_of_an_epoch(pictures, tmp_path):
     for name, stops in (("whole", [12]), ("parts", [4, 9, 12])):  # an epoch is 2.5 steps
         for stop in stops:
             succeeded(train(tmp_path / name, RUN, "--resume", pictures, max_steps=stop))
+    assert differing(everything(tmp_path / "parts"), everything(tmp_path / "whole")) == []
+
+
+def test_a_run_from_before_norm_groups_keeps_its_number(pictures, tmp_path):
+    settings = {"dim": 8, "norm_groups": 8}  # the largest divisor of dim up to 32
+    succeeded(train(tmp_path / "whole", RUN, settings, pictures, max_steps=6))
+    succeeded(train(tmp_path / "parts", RUN, settings, pictures, max_steps=3))
+    content = latest(tmp_path / "parts")
+    del content["config"]["norm_groups"]
+    save_checkpoint(content, tmp_path / "parts/checkpoints/latest.pth")
+    succeeded(train(tmp_path / "parts", RUN, "--resume", pictures, max_steps=6))
+    assert latest(tmp_path / "parts")["config"]["norm_groups"] == 8
     assert differing(everything(tmp_path / "parts"), everything(tmp_path / "whole")) == []
 
 
@@ -196,6 +208,7 @@ OTHER_NETWORK_OR_DIFFUSION = {
     "dim_mults": (2, 2),
     "num_res_blocks": 2,
     "attn_resolutions": (8, 4),
+    "norm_groups": 2,
     "timesteps": 31,
     "beta_schedule": "cosine",
     "beta_start": 0.0002,

@@ -91,8 +91,6 @@ def unet_settings(config: Config) -> dict[str, Any]:
     for size in level_sizes(config.image_size, config.dim_mults):
         attends = size in config.attn_resolutions
         down_block_types.append("AttnDownBlock2D" if attends else "DownBlock2D")
-    with torch.device("meta"):
-        groups = UNet(config).norm_out.num_groups
     return {
         "sample_size": config.image_size,
         "in_channels": config.channels,
@@ -103,7 +101,7 @@ def unet_settings(config: Config) -> dict[str, Any]:
         "up_block_types": [name.replace("Down", "Up") for name in reversed(down_block_types)],
         "attention_head_dim": None,  # one head of the full width
         "dropout": config.dropout,
-        "norm_num_groups": groups,
+        "norm_num_groups": config.norm_groups,
         "norm_eps": 1e-6,
         "downsample_padding": 0,
         "time_embedding_type": "positional",
@@ -152,6 +150,7 @@ def nearest_config(unet: dict[str, Any], scheduler: dict[str, Any]) -> Config:
         dim_mults=[width // widths[0] for width in widths],
         num_res_blocks=unet["layers_per_block"],
         attn_resolutions=attn_resolutions,
+        norm_groups=unet["norm_num_groups"],
         dropout=unet["dropout"],
         timesteps=scheduler["num_train_timesteps"],
         beta_schedule=schedules.get(beta_schedule, beta_schedule),

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from config import FIXED, Config, level_sizes
+from config import FIXED, Config, largest_divisor, level_sizes
 from model import UNet
 from utils.cli import UserError, brief, warn
 from utils.files import atomic_write
@@ -144,6 +144,8 @@ def read_config(content: dict[str, Any], path: Path) -> Config:
             sizes = level_sizes(values["image_size"], values["dim_mults"])
             known = [size for size in values["attn_resolutions"] if size in sizes]
             values["attn_resolutions"] = known
+        if "norm_groups" not in values:  # it is older than the setting, and had at most 32
+            values["norm_groups"] = largest_divisor(values.get("dim", Config.dim), most=32)
         config = Config(**values)
     except Exception as error:  # of what a damaged one may raise there is no list
         raise UserError(f"{path} has a config that this version cannot use: "
