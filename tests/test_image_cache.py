@@ -2,6 +2,8 @@
 
 import io
 import os
+import shutil
+import struct
 import time
 from pathlib import Path
 
@@ -67,6 +69,29 @@ def test_a_folder_that_changed_is_decoded_anew(folder):
     assert loaded(folder).max() == 255
 
 
+@pytest.mark.parametrize("ending", ["bmp", "ppm", "tiff"])  # of one size, whatever they show
+def test_a_picture_that_is_replaced_within_its_time_and_size_is_seen(ending, tmp_path, capfd):
+    folder = coloured_pictures(tmp_path / "pictures")
+    path, then = folder / f"x.{ending}", 10**9
+    for number, colour in enumerate(("white", "black")):
+        other = tmp_path / path.name
+        Image.new("RGB", (8, 8), colour).save(other)
+        os.utime(other, (then, then))
+        shutil.move(other, path)
+        assert loaded(folder)[10].max() == (255, 0)[number]
+        assert ("can be deleted" in capfd.readouterr().err) == (number == 1)
+    loaded(folder, size=4)
+    assert capfd.readouterr().err.count("warning") == 0  # of another size
+
+
+def test_two_pictures_that_change_places_are_seen(tmp_path):
+    folder = coloured_pictures(tmp_path / "pictures")
+    first = np.array(loaded(folder))
+    for old, new in (("000", "x"), ("001", "000"), ("x", "001")):
+        (folder / f"{old}.png").rename(folder / f"{new}.png")
+    assert np.array_equal(loaded(folder)[:2], first[1::-1])
+
+
 def test_each_size_and_number_of_channels_has_a_cache_of_its_own(folder):
     for size, channels in ((8, 3), (8, 1), (16, 3), (8, 3)):
         images = loaded(folder, size, channels)
@@ -111,6 +136,70 @@ def test_a_few_damaged_images_are_skipped_and_named(folder, capfd):
     assert "half.jpg" in errors
     loaded(folder)  # from the cache, where they are missing too
     assert "2 of 9 images" in capfd.readouterr().err
+
+
+def test_what_is_hidden_is_no_image(folder):
+    for name in (".ipynb_checkpoints/x-checkpoint.png", "__MACOSX/a/x.png", "a/._y.jpg",
+                 ".x.png", "a/.git/b/x.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "x.png", folder / name)
+    assert len(loaded(folder)) == 7
+    assert len(loaded(folder.rename(folder.parent / ".hidden"))) == 7
+
+
+def test_pictures_of_other_kinds_are_left_out_with_a_word(folder, capfd):
+    for name in ("a.heic", "b.AVIF", "c.jp2"):
+        (folder / name).write_bytes(b"")
+    assert len(loaded(folder)) == 7
+    assert f"3 images in {folder}, such as {folder}/a.heic, are left" in capfd.readouterr().err
+
+
+def test_of_several_pages_the_first_counts_with_a_word(folder, capfd):
+    pages = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    pages[0].save(folder / "pages.tiff", save_all=True, append_images=pages[1:])
+    assert any(image[:, 0, 0].tolist() == [255, 0, 0] for image in loaded(folder))
+    assert f"1 images, such as {folder}/pages.tiff, have several" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("low", "high", "levels"), [
+    (0, 4095, 17),  # a camera of 12 bits
+    (31768, 33768, 8),  # +-1000 around 32768
+    (500, 500, 1),
+    (0, 65535, None),
+    (0, 10_000, None),
+])
+def test_16_bits_of_which_few_levels_are_left_are_warned_of(low, high, levels, tmp_path, capfd):
+    folder = coloured_pictures(tmp_path / "pictures")  # of 8 bits
+    Image.fromarray(np.full((8, 8), low, np.uint16)).save(folder / "low.png")
+    Image.fromarray(np.full((8, 8), high, np.uint16)).save(folder / "high.png")
+    for _ in range(2):  # from the cache too
+        loaded(folder)
+        said = capfd.readouterr().err
+        assert ("warning" in said) == (levels is not None)
+        if levels:
+            words = f"the values from {low} to {high} of 0 to 65535, of which {levels} of 256"
+            assert words in said
+
+
+def test_no_more_is_decoded_ahead_than_fits_into_memory(tmp_path, monkeypatch):
+    folder = coloured_pictures(tmp_path / "pictures", count=50)
+    decoded, ahead = [], []
+
+    def noted(*arguments):
+        decoded.append(arguments)
+        return to_square(*arguments)
+
+    def slow(pixels, *arguments, **options):
+        for number, one in enumerate(pixels):
+            time.sleep(0.01)
+            ahead.append(len(decoded) - number)
+            yield one
+
+    monkeypatch.setattr(image_cache, "to_square", noted)
+    monkeypatch.setattr(image_cache, "progress_bar", slow)
+    monkeypatch.setattr(image_cache, "AT_A_TIME", 8)
+    assert len(loaded(folder)) == 50
+    assert max(ahead) <= 8
 
 
 def test_an_image_that_cannot_be_read_today_is_not_left_out_for_ever(folder, monkeypatch):
@@ -196,15 +285,42 @@ RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     (RAMP, "PNG"),
     (RAMP.astype(np.uint16) * 257, "PNG"),  # Pillow would clip it to white
     (RAMP.astype(np.uint16) * 257, "TIFF"),
-    (RAMP.astype(np.int32), "TIFF"),  # Pillow's mode I: of 8 bits, or of 16
     (RAMP.astype(np.int32) * 257, "TIFF"),
 ])
 def test_grey_of_8_16_and_32_bits(pixels, format):
     assert np.array_equal(saved(Image.fromarray(pixels), format=format), np.stack([RAMP] * 3))
 
 
+@pytest.mark.parametrize("value", [255, 256, 1000, 65535])
+@pytest.mark.parametrize("most", [1000, 4095, 65535])
+def test_the_depth_is_that_of_the_format_whatever_the_pixels(value, most):
+    value = min(value, most)
+    dark = np.full((8, 8), value, ">u2")
+    pgm = f"P5 8 8 {most}\n".encode() + dark.tobytes()
+    image = to_square(Image.open(io.BytesIO(pgm)), 8, 1)
+    assert np.unique(image).tolist() == [round(255 * value / most)]
+
+
+def test_a_tiff_says_how_many_bits_it_has_and_whether_white_is_zero():
+    value, twelve_bits = 1000, b"\xff\xff\xff" * 32  # two pixels in three bytes
+    signed = {258: 16, 339: 2}
+    for tags, expected in (({258: 16}, 4), ({258: 16, 262: 0}, 251), ({258: 12}, 255), (signed, 8)):
+        pixels = twelve_bits if tags[258] == 12 else np.full((8, 8), value, "<u2").tobytes()
+        image = Image.open(io.BytesIO(tiff(pixels, {262: 1, **tags})))
+        assert np.unique(to_square(image, 8, 1)).tolist() == [expected]
+
+
+def tiff(pixels: bytes, tags: dict[int, int]) -> bytes:
+    """The file of one grey picture of 8 x 8, uncompressed."""
+    tags = {256: 8, 257: 8, 259: 1, 273: 8, 277: 1, 278: 8, 279: len(pixels), **tags}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
+    start = struct.pack("<2sHI", b"II", 42, 8 + len(pixels))
+    return start + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
 @pytest.mark.parametrize(("pixels", "said"), [
-    (RAMP.astype(np.int32) * 1000, "16 bits"), (RAMP.astype(np.float32), "floating-point")])
+    (RAMP.astype(np.int32) * 1000, "16 bits"), (RAMP.astype(np.int32) - 1, "negative"),
+    (RAMP.astype(np.float32), "floating-point")])
 def test_grey_of_no_known_range_is_refused(pixels, said):
     with pytest.raises(ValueError, match=said):
         saved(Image.fromarray(pixels), format="TIFF")
