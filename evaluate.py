@@ -27,7 +27,7 @@ from utils.files import make_writable, write_json
 from utils.image_cache import load_folder, refuse_other_sizes
 from utils.image_folder import read_record
 from utils.inception import Inception
-from utils.process import run_script
+from utils.process import run_script, script
 from utils.randomness import ImageNoise, derive_seed
 from utils.sampler import Sampler, add_sampler_flags
 
@@ -147,9 +147,8 @@ def bpd(sampler: Sampler, data: Config, args: argparse.Namespace) -> Fields:
     total = len(images) * evaluations
     bar = progress_bar(total=total, unit=" evaluations", unit_scale=True)
     with bar, sampler.running(len(images), evaluations):
-        for first in range(0, len(images), sampler.batch_size):
-            count = min(sampler.batch_size, len(images) - first)
-            indices = sampler.filled_up(range(first, first + count))
+        for batch in torch.arange(len(images)).split(sampler.batch_size):
+            indices, count = sampler.filled_up(batch.tolist()), len(batch)
             x_start = to_float(torch.tensor(images[indices], device=sampler.device))
             timesteps = None
             if K is not None:
@@ -264,6 +263,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@script
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if under_torchrun():

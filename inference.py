@@ -24,8 +24,8 @@ from utils.cli import CommandLine, UserError, progress_bar, say
 from utils.files import atomic_write, make_writable
 from utils.image_cache import read_picture
 from utils.image_folder import ImageFolder
-from utils.pictures import grid, save_gif, save_png, table
-from utils.process import run_script, start_processes
+from utils.pictures import grid, save_png, save_table_and_film
+from utils.process import run_script, script, start_processes
 from utils.sampler import Sampler, add_sampler_flags
 
 NUM_SAMPLES = {"sample": 16, "process": 4, "interpolate": 9}  # unless the command line says
@@ -57,24 +57,30 @@ def sample(sampler: Sampler, args: argparse.Namespace) -> None:
 def process(sampler: Sampler, args: argparse.Namespace) -> None:
     """About ten x_t on the way from noise to image, under each the x_0 predicted from it."""
     count = args.num_samples or NUM_SAMPLES["process"]
-    randn_like = sampler.noise(sampler.seed, range(count))
+    parts = []
+    for indices in torch.arange(count).split(sampler.batch_size):
+        labels, part = way_of(sampler, indices.tolist())
+        parts.append(part)
+    columns = torch.cat(parts, dim=2)                       # [columns, 2, N, C, H, W]
+    rows = columns.permute(2, 1, 0, 3, 4, 5).flatten(0, 1)  # x_t above its pred_x_start
+    save_table_and_film(rows, columns, labels, args.output_dir / "process", milliseconds=300)
+
+
+def way_of(sampler: Sampler, indices: Sequence[int]) -> tuple[list[str], Tensor]:
+    """Each t shown, and the images of these indices there, [columns, 2, B, C, H, W] uint8."""
+    randn_like = sampler.noise(sampler.seed, indices)
     shown = {round(i * (sampler.steps - 1) / 9) for i in range(10)}
-    columns, labels = [], []  # a column: [2, N, C, H, W]
+    labels, columns = [], []
     x_t = randn_like()
     chain = progress_bar(sampler.chain(x_t, randn_like), "process", sampler.steps, unit="step")
     for number, (t, x) in enumerate(chain):
         if number in shown:  # once more, since the chain does not tell its predictions
             pred_x_start = sampler.ddpm.predict_x_start(x_t, batch_of(t, x_t))
-            columns.append(torch.stack([x_t, pred_x_start]))
+            columns.append(to_uint8(torch.stack([x_t, pred_x_start])))
             labels.append(f"t={t}")
         x_t = x
-    columns.append(torch.stack([x_t, x_t]))
-    labels.append("image")
-
-    rows = torch.stack(columns, dim=2)  # [2, N, columns, C, H, W]
-    rows = rows.transpose(0, 1).flatten(0, 1)  # image by image, x_t above its pred_x_start
-    save_table_and_film(
-        rows, columns, labels, args.output_dir / "process", milliseconds=300)
+    columns.append(to_uint8(torch.stack([x_t, x_t])))
+    return [*labels, "image"], torch.stack(columns)
 
 
 # --mode interpolate
@@ -84,15 +90,19 @@ def interpolate(sampler: Sampler, args: argparse.Namespace) -> None:
     count = args.num_samples or NUM_SAMPLES["interpolate"]
     fractions = torch.linspace(0, 1, count, device=sampler.device).view(-1, 1, 1, 1)
     labels = [f"{fraction:.2f}" for fraction in fractions.flatten()]
+    parts = fractions.split(sampler.batch_size)
     if args.images:
-        rows = between_images(sampler, args.images, args.t, fractions)
+        ends = read_images(sampler, args.images)
+        rows = torch.cat([between_images(sampler, ends, args.t, part) for part in parts], dim=1)
+        a, b = (end.expand(len(rows), 1, -1, -1, -1) for end in ends)
+        rows = torch.cat([a, rows, b], dim=1)
         labels = ["A", *labels, "B"]
     else:
         seeds = args.seeds or (sampler.seed, sampler.seed + 1)
-        rows = between_seeds(sampler, seeds, fractions)
-    columns = list(rows.split(1, dim=1))
-    save_table_and_film(
-        rows, columns, labels, args.output_dir / "interpolation", milliseconds=150, back=True)
+        rows = torch.cat([between_seeds(sampler, seeds, part) for part in parts], dim=1)
+    rows = to_uint8(rows)
+    path = args.output_dir / "interpolation"
+    save_table_and_film(rows, rows.split(1, dim=1), labels, path, milliseconds=150, back=True)
 
 
 def between_seeds(sampler: Sampler, seeds: Sequence[int], fractions: Tensor) -> Tensor:
@@ -108,10 +118,18 @@ def between_seeds(sampler: Sampler, seeds: Sequence[int], fractions: Tensor) -> 
     return last_image(progress_bar(chain, "interpolate", sampler.steps, unit="step"))[None]
 
 
+def read_images(sampler: Sampler, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
+    """Two pictures, each float [1, C, H, W]."""
+    channels, size, _ = sampler.shape
+    pixels = np.stack([read_picture(path, size, channels) for path in paths])
+    return to_float(torch.tensor(pixels, device=sampler.device)).split(1)
+
+
 def between_images(
-    sampler: Sampler, paths: Sequence[Path], timesteps: Sequence[int] | None, fractions: Tensor
+    sampler: Sampler, images: tuple[Tensor, Tensor], timesteps: Sequence[int] | None,
+    fractions: Tensor,
 ) -> Tensor:
-    """Rows [len(timesteps), F + 2, C, H, W], the sources at their ends (section 4.4).
+    """A row for each t from one image to the other, [len(timesteps), F, C, H, W] (section 4.4).
 
     Both images are noised to t by one noise, mixed, and denoised from there.
     """
@@ -120,9 +138,7 @@ def between_images(
     if not all(0 <= t < T for t in timesteps):
         raise UserError(f"t={timesteps} is impossible: this checkpoint's timesteps are 0 to "
                         f"{T - 1}")
-    channels, size, _ = sampler.shape
-    pixels = np.stack([read_picture(path, size, channels) for path in paths])
-    image_a, image_b = to_float(torch.tensor(pixels, device=sampler.device)).split(1)
+    image_a, image_b = images
     rows = []
     for t in timesteps:
         # One noise for all frames, in q_sample and in every step: a mix of two images with the same
@@ -134,8 +150,7 @@ def between_images(
         x_t = torch.lerp(x_t_a, x_t_b, fractions)
         chain = sampler.chain(x_t, randn_like, t_start=t)
         steps = min(sampler.steps, t + 1)
-        x = last_image(progress_bar(chain, f"from t={t}", steps, unit="step"))
-        rows.append(torch.cat([image_a, x, image_b]))
+        rows.append(last_image(progress_bar(chain, f"from t={t}", steps, unit="step")))
     return torch.stack(rows)
 
 
@@ -151,22 +166,6 @@ def slerp(a: Tensor, b: Tensor, fractions: Tensor) -> Tensor:
     curved = share_a * a + share_b * b
     # Not an if: it would wait for a GPU, in every step.
     return torch.where(angle < 1e-3, torch.lerp(a, b, fractions), curved)
-
-
-# What is written
-
-def save_table_and_film(
-    rows: Tensor, columns: Sequence[Tensor], labels: Sequence[str], path: Path, milliseconds: int,
-    back: bool = False,
-) -> None:
-    """rows [rows, columns, C, H, W] as a table, and column after column, and back, as a film."""
-    save_png(table(to_uint8(rows), labels), path.with_suffix(".png"))
-    frames = [table(to_uint8(column), [label])
-              for column, label in zip(columns, labels, strict=True)]
-    if back:
-        frames += frames[-2::-1]
-    save_gif(frames, path.with_suffix(".gif"), milliseconds)
-    print(path.with_suffix(".png"), path.with_suffix(".gif"), sep="\n")
 
 
 # The command line
@@ -215,6 +214,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@script
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     _, world_size = start_processes()

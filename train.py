@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import ddim
 from config import Config
@@ -35,7 +34,7 @@ from utils.device import (
 )
 from utils.metrics import Metrics
 from utils.pictures import grid
-from utils.process import StopSignal, first_process_first, run_script, start_processes
+from utils.process import StopSignal, first_process_first, run_script, script, start_processes
 from utils.randomness import ImageNoise, derive_seed
 from utils.run_folder import RunFolder, open_run
 
@@ -190,7 +189,7 @@ def train(run: RunFolder, config: Config, rank: int, world_size: int) -> int:
     ddpm_ema = DDPM(state.ema, config).to(device)
 
     stop = StopSignal()
-    run.begin(state)
+    run.begin(state, total_steps, len(images))
     state.metrics.start_clock(state.images_seen)
     images_ahead = (total_steps - state.step) * config.batch_size
     with progress_bar(total=state.images_seen + images_ahead, initial=state.images_seen,
@@ -211,14 +210,10 @@ def train(run: RunFolder, config: Config, rank: int, world_size: int) -> int:
                 run.write_row(state.metrics.row(state.step, state.images_seen, len(images), lr))
             if row_is_due or device.type == "cpu":  # reading the loss of a GPU would wait for it
                 state.metrics.check_finite(state.step)
-                show_loss(bar, state, total_steps)
-            run.save_if_due(state, len(images))
+                loss = f"loss {state.metrics.smoothed.item():.4f}"
+                bar.set_postfix_str(f"step {state.step:,}/{total_steps:,}, {loss}", refresh=False)
+            run.save_if_due(state)
     return run.end(state, total_steps, stop.number)
-
-
-def show_loss(bar: tqdm, state: TrainingState, total_steps: int) -> None:
-    loss = f"loss {state.metrics.smoothed.item():.4f}"
-    bar.set_postfix_str(f"step {state.step:,}/{total_steps:,}, {loss}", refresh=False)
 
 
 def count_steps(config: Config, state: TrainingState, num_images: int) -> int:
@@ -242,16 +237,19 @@ def sample_grid(ddpm: DDPM, config: Config, stop: StopSignal) -> Image.Image | N
     """EMA samples, from the same noise at every step; None if stopped, or if not finite."""
     device = ddpm.betas.device
     shape = (config.channels, config.image_size, config.image_size)
-    randn_like = ImageNoise(config.seed, range(config.num_samples), shape, device)
     steps = min(config.sample_steps, config.timesteps)
-    with autocast(device, config.precision):
-        for _, x in ddim.sample_loop(ddpm, randn_like(), steps, randn_like=randn_like):
-            if stop.number:
-                return None
-    if not x.isfinite().all():
-        warn(f"the network overflows in {config.precision}: no grid is drawn")
-        return None
-    return grid(to_uint8(x))
+    images = []
+    for indices in torch.arange(config.num_samples).split(config.batch_size // config.grad_accum):
+        randn_like = ImageNoise(config.seed, indices.tolist(), shape, device)
+        with autocast(device, config.precision):
+            for _, x in ddim.sample_loop(ddpm, randn_like(), steps, randn_like=randn_like):
+                if stop.number:
+                    return None
+        if not x.isfinite().all():
+            warn(f"the network overflows in {config.precision}: no grid is drawn")
+            return None
+        images.append(to_uint8(x))
+    return grid(torch.cat(images))
 
 
 def describe(
@@ -284,13 +282,13 @@ def check(config: Config, world_size: int) -> None:
              "another --run_dir")
 
 
+@script
 def main(argv: list[str] | None = None) -> int:
     usage = "python train.py [--preset NAME] [--resume] [--SETTING VALUE ...]"
     parser = CommandLine(__doc__, usage)
     parser.add_argument("--resume", action="store_true",
-                        help="go on from latest.pth with its settings and the flags given (a "
-                             "preset counts for a new run only), or start where there is none; "
-                             "the precision that auto took is kept, --precision auto chooses anew")
+                        help="go on from latest.pth, or start: with its settings, also the "
+                             "precision that auto took, and the flags given (but no preset's)")
     parser.add_argument("--tensorboard", action="store_true",
                         help="write the metrics to run_dir/tensorboard too")
     parser.add_settings()

@@ -42,8 +42,8 @@ TINY = {
 }
 SHORT = {"max_steps": 6, "log_every": 2, "sample_every": 2, "save_every": 0}
 
-# The variables of its one process
-TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+# The variables of its first process
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
 
 def tiny(**changes) -> Config:
@@ -93,7 +93,7 @@ def called(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
     """
     main = importlib.import_module(name.removesuffix(".py")).main
     out, err = io.StringIO(), io.StringIO()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     handlers = {number: signal.getsignal(number) for number in numbers}
     before = Path.cwd()
     os.chdir(cwd)

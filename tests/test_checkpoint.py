@@ -11,7 +11,8 @@ from helpers import SHORT, called, latest, refused, succeeded, tiny, train
 
 from config import Config
 from train import TrainingState
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from utils.cli import UserError
 
 # Files that are no checkpoint, or a bad one
 
@@ -150,6 +151,17 @@ def test_the_newest_checkpoint_goes_by_its_step_not_its_date(state, tmp_path):
     torch.save({**small, "step": 6}, folder / "checkpoint_epoch_3.pth")  # the youngest file
     result = succeeded(called("inference.py", *line, cwd=tmp_path))
     assert "latest.pth: step 9" in result.stdout
+
+
+def test_a_foreign_file_among_the_checkpoints_is_not_looked_at(state, tmp_path):
+    folder = tmp_path / "run/checkpoints"
+    folder.mkdir(parents=True)
+    for name in ("._final_model.pth", "notes.pth", "checkpoint_epoch_x.pth", "latest.pth.bak"):
+        (folder / name).write_bytes(b"macOS")
+    with pytest.raises(UserError, match="no checkpoint"):
+        newest_checkpoint(tmp_path / "run")
+    succeeded(train(tmp_path / "run", max_steps=1))  # nor are they a run
+    assert newest_checkpoint(tmp_path / "run").name == "final_model.pth"
 
 
 def test_attention_at_a_size_that_no_level_has_was_once_allowed(checkpoint, tmp_path):

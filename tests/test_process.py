@@ -1,14 +1,19 @@
 """utils/process.py: torchrun's processes, signals at every moment, output that nobody reads."""
 
+import importlib
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import GPU, TWO_GPUS
 from helpers import (
     ROOT,
@@ -21,6 +26,7 @@ from helpers import (
     differing,
     environment,
     everything,
+    flags,
     latest,
     metrics_rows,
     python,
@@ -32,8 +38,10 @@ from helpers import (
     wait_for,
 )
 
+import train as train_module
+from utils import device
 from utils.cli import UserError
-from utils.process import Interrupted, StopSignal, run_script
+from utils.process import SIGNALS, Interrupted, StopSignal, run_script
 
 # How a script ends
 
@@ -47,6 +55,7 @@ def broken_lock(interruption: BaseException) -> RuntimeError:
 @pytest.mark.parametrize(("error", "status", "words"), [
     (UserError("try another"), 1, "try another"),
     (OSError(28, "No space left on device", "x.png"), 1, "x.png: No space left on device"),
+    (FileExistsError(17, "File exists", "runs/x"), 1, "runs/x: File exists: name another one"),
     (MemoryError(), 1, "out of memory"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
     (KeyboardInterrupt(), 130, "interrupted"),
@@ -139,13 +148,14 @@ def test_a_full_disk_behind_the_output_costs_nothing(pictures, tmp_path):
 
 # Signals
 
-def test_the_closed_terminal_saves(pictures, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_the_closed_terminal_and_slurms_warning_save(number, pictures, tmp_path):
     run = tmp_path / "run"
     process = begin_training(run, ENDLESS, pictures)
     wait_for(run / "metrics.csv", process)
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(number)
     out, err = process.communicate(timeout=180)
-    assert process.returncode == 129, err
+    assert process.returncode == 128 + number, err
     assert "stopped after" in out
     assert saved_as_far_as_it_went(run)
 
@@ -196,7 +206,89 @@ def test_a_signal_while_the_flags_are_exchanged_counts_at_the_next_step(monkeypa
     assert stop.number == signal.SIGTERM
 
 
+# What a program of one's own finds afterwards
+
+def changeable() -> list:
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    return [*handlers, warnings.showwarning, sys.stdout, sys.stderr, torch.cuda.current_device,
+            torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(),
+            torch.backends.cuda.cudnn_sdp_enabled(), dist.is_initialized()]
+
+
+@pytest.mark.parametrize("main", ["train", "inference", "evaluate"])
+def test_main_leaves_the_process_as_it_was(main, checkpoint, pictures, tmp_path, monkeypatch):
+    lines = {
+        "train": command(tmp_path / "run", pictures, max_steps=2),
+        "inference": flags(checkpoint=checkpoint, num_samples=2, output_dir=tmp_path),
+        "evaluate": flags(checkpoint=checkpoint, metric="bpd", num_images=2),
+    }
+    select_device = device.select_device
+
+    def as_on_a_gpu(name: str) -> torch.device:
+        device.set_up_cuda(torch.device("cuda", 0))
+        return select_device(name)
+
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    for module in ("train", "utils.sampler"):
+        monkeypatch.setattr(f"{module}.select_device", as_on_a_gpu)
+    before = changeable()
+    assert importlib.import_module(main).main(lines[main]) == 0
+    assert changeable() == before
+    with pytest.raises(SystemExit):
+        importlib.import_module(main).main(["--nothing"])
+    assert changeable() == before
+
+
+def test_ctrl_c_is_ones_own_again_after_main(pictures, tmp_path):
+    source = tmp_path / "own.py"
+    source.write_text(OWN_PROGRAM)
+    line = [sys.executable, str(source), *command(tmp_path / "run", pictures, max_steps=2)]
+    result = subprocess.run(
+        line, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    assert result.stdout.splitlines()[-2:] == ["interrupted", "cleaned up"], result.stderr
+
+
+OWN_PROGRAM = """
+import os
+import signal
+import sys
+import time
+
+import train
+
+train.main(sys.argv[1:])
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+except KeyboardInterrupt:
+    print("interrupted")
+finally:
+    print("cleaned up")
+"""
+
+
+def test_main_runs_in_a_thread(pictures, tmp_path):
+    before = changeable()
+    with ThreadPoolExecutor() as pool:
+        line = command(tmp_path / "run", pictures, max_steps=2)
+        assert pool.submit(train_module.main, line).result(timeout=100) == 0
+    assert latest(tmp_path / "run")["step"] == 2
+    assert changeable() == before
+
+
 # torchrun's variables
+
+def test_a_world_of_one_is_no_torchrun(checkpoint, pictures, tmp_path, monkeypatch):
+    """Clusters set the variables for every process, with a port that may be taken."""
+    for name, value in {**TORCHRUN, "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    line = ("--checkpoint", str(checkpoint), "--num_images", "2")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        succeeded(called("evaluate.py", "--metric", "bpd", *line, cwd=tmp_path))
+        succeeded(train(tmp_path / "run", pictures, max_steps=2))
+
 
 @pytest.mark.parametrize("name", TORCHRUN)
 def test_some_of_torchruns_variables_are_no_torchrun(name, tmp_path, monkeypatch):
@@ -286,10 +378,11 @@ from ddpm import DDPM
 from helpers import random_unet, tiny
 from train import TrainingState, train_step
 from utils.device import select_device
-from utils.process import start_processes
+from utils.process import take_own_gpu
 
 config = tiny(batch_size=8, grad_accum=2, dropout=0.0, grad_clip=0.0)
-rank, world_size = start_processes()
+dist.init_process_group(take_own_gpu())  # one process too, which torchrun's are not
+rank, world_size = dist.get_rank(), dist.get_world_size()
 device = select_device(sys.argv[1])
 images = np.random.default_rng(0).integers(0, 256, (8, 3, 8, 8), np.uint8)
 batches = Batches(images, config, device, rank, world_size)

@@ -1,8 +1,10 @@
 """utils/run_folder.py: what a run writes and when, whose run it is, what a bad disk costs."""
 
 import csv
+import errno
 import os
 import resource
+import shutil
 import time
 import weakref
 from pathlib import Path
@@ -35,7 +37,7 @@ from utils.checkpoint import is_finite, tensors_of
 from utils.cli import UserError
 from utils.files import locked
 from utils.metrics import COLUMNS
-from utils.run_folder import RunFolder, kept_epoch, open_run
+from utils.run_folder import RunFolder, open_run
 
 # What is written
 
@@ -142,12 +144,62 @@ def test_tensorboard(tmp_path):
     (4, 0, 10, [0, 0, 0, 0]),
     (4, 2, 1, [4, 8, 12]),  # several epochs per step
     (4, 8, 1, [0, 8, 0, 16]),
+    (1, 1, 1, list(range(1, 21))),
+    (1, 1, 1, [0, 2] + [0, 4, 0, 6, 0, 8, 0, 10, 0, 12, 0, 14, 0, 16, 0, 18, 0, 20, 0]),
+    (4, 3, 1, [0, 6, 12, 0, 18, 24, 0, 30, 36, 0, 42, 48, 0, 54, 60, 0, 66]),
 ])
-def test_the_epochs_that_are_kept(batch_size, save_every, num_images, expected):
-    config = tiny(batch_size=batch_size, save_every=save_every)
-    after_each_step = [batch_size * (k + 1) for k in range(len(expected))]
-    kept = [kept_epoch(config, images_seen, num_images) for images_seen in after_each_step]
-    assert kept == expected
+def test_the_epochs_that_are_kept(batch_size, save_every, num_images, expected, tmp_path):
+    run = begun(tmp_path / "run", len(expected), num_images, batch_size=batch_size,
+                save_every=save_every)
+    state = TrainingState(run.config, torch.device("cpu"))
+    for epoch in expected:
+        before = set(run.checkpoints.iterdir())
+        state.step += 1
+        state.images_seen += batch_size
+        run.save_if_due(state)
+        names = {path.name for path in set(run.checkpoints.iterdir()) - before}
+        assert names == ({f"checkpoint_epoch_{epoch}.pth"} if epoch else set())
+        if epoch:  # first the state, for which there may be no room afterwards
+            assert latest(tmp_path / "run")["step"] == state.step
+
+
+def test_a_run_of_few_images_keeps_twenty_checkpoints(tmp_path):
+    folder = coloured_pictures(tmp_path / "pictures", count=1)
+    settings = {"data": folder, "data_dir": tmp_path, "max_steps": 43, "save_every": 1}
+    succeeded(train(tmp_path / "run", settings))
+    assert len(list((tmp_path / "run/checkpoints").glob("checkpoint_epoch_*"))) in range(10, 21)
+
+
+def test_folders_that_vanish_are_made_again(pictures, tmp_path):
+    run = begun(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    run.save_grid(Image.new("RGB", (8, 8)), 2)
+    run.write_row(dict.fromkeys(COLUMNS, 0.5))
+    run.save_latest(TrainingState(run.config, torch.device("cpu")))
+    assert not run.unwritten
+    assert len(list((tmp_path / "run").rglob("*.*"))) == 3
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["", "checkpoints", "samples"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    name, resume, pictures, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    succeeded(train(tmp_path / "other", SHORT, pictures, max_steps=1))  # decodes the pictures
+    if resume:
+        succeeded(train(run, SHORT, pictures, max_steps=2))
+    touch = Path.touch
+
+    def refusing(path: Path) -> None:
+        if path.parent == run / name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        touch(path)
+
+    monkeypatch.setattr(Path, "touch", refusing)
+    monkeypatch.setattr("train.train_step", None)
+    refused(train(run, SHORT, pictures, "--resume"), 1, f"run/{name}", "Permission denied")
+    assert run.exists() == resume
 
 
 def run_from(folder: Path, config: Config, first_step: int) -> RunFolder:
@@ -258,13 +310,13 @@ def test_a_start_that_is_refused_leaves_no_folder(wrong, tmp_path):
     assert not (tmp_path / "deep/run").exists()
 
 
-def begun(folder: Path, **settings) -> RunFolder:
+def begun(folder: Path, total_steps: int = 6, num_images: int = 4, **settings) -> RunFolder:
     """A run that has come to its first step."""
     config = tiny(**{**SHORT, **settings, "run_dir": str(folder)})
     with open_run(str(folder), resume=False, tensorboard=False) as run:
         state = TrainingState(config, torch.device("cpu"))
         run.restore(config, state)
-        run.begin(state)
+        run.begin(state, total_steps, num_images)
     return run
 
 
@@ -277,7 +329,7 @@ def test_only_the_first_of_torchruns_processes_writes_and_speaks(tmp_path, monke
     assert not run.grid_is_due(2)
     run.save_grid(Image.new("RGB", (8, 8)), 2)
     run.write_row(dict.fromkeys(COLUMNS, 0.5))
-    run.save_if_due(state, 4)
+    run.save_if_due(state)
     assert run.end(state, total_steps=6, signal=0) == 0
     assert run.end(state, total_steps=9, signal=15) == 143
     assert not list(tmp_path.iterdir())

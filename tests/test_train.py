@@ -28,7 +28,13 @@ from utils.randomness import derive_seed
 
 CPU = torch.device("cpu")
 GREY = 51  # of the images in most tests; to_float makes -0.6 of it
-NOISELESS = {"beta_start": 1e-8, "beta_end": 1e-8}  # so that x_t is x_start but for 0.01
+
+
+def noiseless(**settings) -> Config:
+    """Settings with which x_t is x_start but for 0.01; Config would refuse the betas."""
+    config = tiny(**settings)
+    config.beta_start = config.beta_end = 1e-8
+    return config
 
 
 class Training:
@@ -120,7 +126,7 @@ def test_no_two_images_share_noise(many_steps):
 def test_half_of_the_images_are_mirrored_or_none(flip, least, most):
     images = np.zeros((1, 3, 8, 8), np.uint8)
     images[..., 4:] = 255  # white on the right
-    training = Training(tiny(batch_size=400, horizontal_flip=flip, **NOISELESS), images)
+    training = Training(noiseless(batch_size=400, horizontal_flip=flip), images)
     training.step()
     x_t, _, _ = training.recorded()
     assert least <= (x_t[:, 0, 0, 0] > 0).sum() <= most
@@ -133,7 +139,7 @@ def test_half_of_the_images_are_mirrored_or_none(flip, least, most):
 def test_an_epoch_shows_every_image_once():
     images = np.zeros((6, 3, 8, 8), np.uint8)
     images += np.arange(0, 240, 40, dtype=np.uint8).reshape(6, 1, 1, 1)
-    training = Training(tiny(batch_size=2, **NOISELESS), images)
+    training = Training(noiseless(batch_size=2), images)
     orders = []
     for _ in range(4):
         training.seen.clear()
@@ -317,6 +323,20 @@ def test_a_grid_that_is_not_finite_is_not_drawn(capsys):
     assert sample_grid(DDPM(Constant(0.1), tiny()), tiny(), stop) is not None
     assert sample_grid(DDPM(Constant(math.nan), tiny()), tiny(), stop) is None
     assert capsys.readouterr().err == "warning: the network overflows in fp32: no grid is drawn\n"
+
+
+def test_a_grid_is_drawn_in_batches_of_the_training():
+    grids, sizes = [], []
+    stop = SimpleNamespace(number=0)
+    for batch_size in (8, 4):
+        config = tiny(num_samples=5, batch_size=batch_size, grad_accum=2)
+        torch.manual_seed(0)
+        model = random_unet(config)
+        model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+        grids.append(sample_grid(DDPM(model, config), config, stop).tobytes())
+    assert set(sizes[:6]) == {4, 1}
+    assert set(sizes[6:]) == {2, 1}
+    assert grids[0] == grids[1]
 
 
 def test_a_step_that_overflows_in_fp16_counts_and_changes_no_weight(device, capsys):

@@ -7,6 +7,7 @@ row of metrics.csv; a kept checkpoint only config, step and ema: all that sampli
 import errno
 import hashlib
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,12 @@ from model import UNet
 from utils.cli import UserError, brief, warn
 from utils.files import atomic_write
 
+# The checkpoints of a run: only files of these names are looked at in its folder.
+NAMES = r"(latest|final_model|checkpoint_epoch_\d+)\.pth"
+
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Save content at path.  Raises OSError if the disk refuses; what was there before stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         try:
             torch.save(content, file)
@@ -100,13 +103,18 @@ def is_of_step(path: Path, step: int) -> bool:
         return False
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints that training has written there: a folder may hold others' files too."""
+    return [path for path in folder.glob("*.pth") if re.fullmatch(NAMES, path.name)]
+
+
 def newest_checkpoint(run_dir: Path) -> Path:
     """The checkpoint in run_dir/checkpoints with the most steps.  Raises UserError without one.
 
     It goes by the step inside, since copying changes a file's date.  Of equal ones final_model.pth.
     """
     folder = run_dir / "checkpoints"
-    paths = [path for path in folder.glob("*.pth") if path.is_file()]
+    paths = checkpoints_in(folder)
     if not paths:
         raise UserError(f"no checkpoint in {folder}: train first, or name one with "
                         "--checkpoint FILE")

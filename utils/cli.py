@@ -17,9 +17,12 @@ class UserError(Exception):
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun started this process: one variable alone may be left from elsewhere."""
+    """Whether this is one of several processes that torchrun started.
+
+    One variable alone may be left from elsewhere, and clusters set them for a single process too.
+    """
     variables = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return variables <= os.environ.keys()
+    return variables <= os.environ.keys() and os.environ["WORLD_SIZE"] != "1"
 
 
 def is_first_process() -> bool:

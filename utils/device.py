@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from utils.cli import UserError, brief, under_torchrun, warn
-from utils.process import from_first_process
+from utils.process import from_first_process, undo
 
 
 def select_device(name: str) -> torch.device:
@@ -50,11 +50,20 @@ def select_device(name: str) -> torch.device:
         raise UserError(f"{processes} processes have {gpus} GPUs here: use "
                         f"--nproc_per_node={gpus}, or --device cpu")
     device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have by default
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it has refused shapes; the others take all
+    set_up_cuda(device)
     return device
+
+
+def set_up_cuda(device: torch.device) -> None:
+    cudnn, attention = torch.backends.cudnn, torch.backends.cuda
+    undo.callback(torch.cuda.set_device, torch.cuda.current_device())
+    undo.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+    undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    undo.callback(attention.enable_cudnn_sdp, attention.cudnn_sdp_enabled())
+    torch.cuda.set_device(device)
+    cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have by default
+    attention.enable_cudnn_sdp(False)  # it has refused shapes; the others take all
 
 
 def keep_freed_memory() -> None:

@@ -25,12 +25,13 @@ def temporary_name(path: Path) -> Path:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file that becomes path only when it is complete and on the disk.
+    """A file that becomes path only when it is complete and on the disk; its folder is made.
 
     After an error, or a power cut, path is as it was.
     """
     temporary = temporary_name(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()

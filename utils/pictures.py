@@ -54,3 +54,16 @@ def save_gif(frames: list[Image.Image], path: Path, milliseconds: int) -> None:
     with atomic_write(path) as file:
         frames[0].save(
             file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def save_table_and_film(
+    rows: Tensor, columns: Sequence[Tensor], labels: Sequence[str], path: Path, milliseconds: int,
+    back: bool = False,
+) -> None:
+    """rows [rows, columns, C, H, W] as a table, and column after column, and back, as a film."""
+    save_png(table(rows, labels), path.with_suffix(".png"))
+    frames = [table(column, [label]) for column, label in zip(columns, labels, strict=True)]
+    if back:
+        frames += frames[-2::-1]
+    save_gif(frames, path.with_suffix(".gif"), milliseconds)
+    print(path.with_suffix(".png"), path.with_suffix(".gif"), sep="\n")

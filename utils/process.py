@@ -5,11 +5,13 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -20,6 +22,19 @@ from torch import Tensor
 from utils.cli import UserError, brief, is_first_process, one_line, under_torchrun, warn
 
 # How a script starts and ends
+
+# It holds how to undo what a script changes of its process.
+undo = ExitStack()
+
+
+def script(main: Callable[..., int]) -> Callable[..., int]:
+    """Have main undo what it changes of the process: a program of one's own may call it."""
+    @wraps(main)
+    def wrapper(*args: Any) -> int:
+        with undo:
+            return main(*args)
+    return wrapper
+
 
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Call main and exit with its status; what the user can mend becomes one line and status 1."""
@@ -42,18 +57,12 @@ def run_script(main: Callable[[], int]) -> NoReturn:
             status, problem = status_of(error.__context__), INTERRUPTED
         elif "can't allocate memory" in str(error):
             problem = OUT_OF_MEMORY
-        elif dist.is_initialized() and "connection" in str(error).lower():
+        elif under_torchrun() and "connection" in str(error).lower():
             problem = PROCESS_ENDED
         else:
             raise
     except (KeyboardInterrupt, Interrupted) as error:
         status, problem = status_of(error), INTERRUPTED
-    finally:
-        if dist.is_initialized():
-            # Before PyTorch 2.6 destroy_process_group keeps the GIL, and waits for threads of gloo
-            # that may need it once more.
-            time.sleep(0.1)
-            dist.destroy_process_group()
     if not is_first_process():
         if problem in (INTERRUPTED, PROCESS_ENDED):
             problem = ""  # rank 0 says it
@@ -80,6 +89,7 @@ def describe_os_error(error: OSError) -> str:
         errno.EDQUOT: "free some space, or name another place",
         errno.EACCES: "allow it, or name another place",
         errno.EROFS: "name another place",
+        errno.EEXIST: "name another one",
     }
     reason = error.strerror or str(error)
     remedy = remedies.get(error.errno, "try again, or name another one")
@@ -107,11 +117,19 @@ def start_processes() -> tuple[int, int]:
             store = dist.PrefixStore(f"restart {restart}", store)
             dist.init_process_group(
                 take_own_gpu(), store=store, rank=rank, world_size=world_size, timeout=patience)
+            undo.callback(leave_processes)
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = brief(error)
         raise UserError("the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of "
                         f"do not meet ({reason}): start with torchrun, or unset these") from error
     return rank, world_size
+
+
+def leave_processes() -> None:
+    # Before PyTorch 2.6 destroy_process_group keeps the GIL, and waits for threads of gloo that may
+    # need it once more.
+    time.sleep(0.1)
+    dist.destroy_process_group()
 
 
 def take_own_gpu() -> str:
@@ -161,7 +179,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 # Signals
 
 class Interrupted(BaseException):
-    """SIGTERM or SIGHUP, as KeyboardInterrupt is SIGINT, unless something else handles them."""
+    """One of END_SIGNALS, as KeyboardInterrupt is SIGINT, unless something else handles it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -172,8 +190,9 @@ def status_of(interruption: KeyboardInterrupt | Interrupted) -> int:
     return 128 + getattr(interruption, "number", signal.SIGINT)
 
 
-# The terminal that is closed (SIGHUP, not on Windows) and the machine that goes down.
-END_SIGNALS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+# The machine goes down, the terminal is closed, SLURM warns of the end.  Windows has the first.
+END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1")
+               if hasattr(signal, name)]
 SIGNALS = [signal.SIGINT, *END_SIGNALS]
 
 
@@ -181,27 +200,28 @@ def interrupt(number: int, frame: Any) -> NoReturn:
     raise Interrupted(number)
 
 
-def handle(number: int, handler: Any) -> None:
-    """Set the handler, unless who started this process has it ignore the signal, as nohup does."""
-    if signal.getsignal(number) != signal.SIG_IGN:
-        signal.signal(number, handler)
+def handle(number: int, handler: Any, undo: ExitStack = undo) -> None:
+    """Set the handler, unless who started this process has it ignore the signal, as nohup does.
+
+    Python has handlers in its main thread alone.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(number) != signal.SIG_IGN:
+        before = signal.signal(number, handler)
+        undo.callback(signal.signal, number, before or signal.SIG_DFL)
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Inside, a signal ends the process: while PyTorch waits for others, no handler would run."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        handle(number, signal.SIG_DFL)
-    try:
+    with ExitStack() as stack:
+        for number in SIGNALS:
+            handle(number, signal.SIG_DFL, stack)
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class StopSignal:
-    """SIGINT, SIGTERM and SIGHUP now ask for an end after this step; number says which one came.
+    """From now on a signal asks for an end after this step; number says which one came.
 
     A second SIGINT or SIGTERM ends the process at once, unless torchrun started it: that one
     passes on to every process what each may have received itself.

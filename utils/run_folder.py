@@ -3,7 +3,7 @@
     with open_run(run_dir, resume, tensorboard) as run:     locked; latest.pth is read
         config = run.resumed_config(given)
         run.restore(config, state)                          ... and let go of
-        run.begin(state)
+        run.begin(state, total_steps, num_images)
         ...                   each step: grid_is_due, save_grid, write_row, save_if_due
         return run.end(state, total_steps, stop.number)
 
@@ -24,6 +24,8 @@ from torch import nn
 
 from config import FIXED, Config
 from utils.checkpoint import (
+    NAMES,
+    checkpoints_in,
     does_not_fit_error,
     is_finite,
     is_of_step,
@@ -33,11 +35,12 @@ from utils.checkpoint import (
     tensors_of,
 )
 from utils.cli import UserError, is_first_process, say, warn
-from utils.files import locked, remove_left_overs
+from utils.files import locked, make_writable, remove_left_overs
 from utils.metrics import MetricsFile, not_finite_error
 from utils.pictures import save_png
 from utils.process import broadcast, from_first_process
 
+MOST_KEPT = 20  # a run of few images has many epochs
 ONLY_IN_LATEST = {"model", "optimizer", "scaler", "sums", "images_seen"}
 
 
@@ -123,7 +126,7 @@ class RunFolder:
                 raise UserError(f"{self.latest} cannot be resumed from: it lacks "
                                 f"{', '.join(sorted(missing))}")
             return content
-        if any(self.checkpoints.glob("*.pth")):
+        if checkpoints_in(self.checkpoints):
             holds = "already holds a run: go on with --resume, or"
             if resume:
                 holds = "holds checkpoints but no latest.pth to resume from:"
@@ -188,18 +191,25 @@ class RunFolder:
     # While it runs
 
     @first_process_only
-    def begin(self, state: State) -> None:
+    def begin(self, state: State, total_steps: int, num_images: int) -> None:
         """Clear away what a killed run left behind, and read the rows of metrics.csv up to here.
 
-        A new run saves latest.pth, so that from now on --resume finds one.
+        A new run saves latest.pth, so that from now on --resume finds one.  Raises OSError if a
+        folder cannot be written, before the work.
         """
-        remove_left_overs(self.checkpoints, r"(latest|final_model|checkpoint_epoch_\d+)\.pth")
+        for folder in (self.folder, self.checkpoints, self.samples):
+            make_writable(folder / "trial")
+        remove_left_overs(self.checkpoints, NAMES)
         remove_left_overs(self.samples, r"sample_step_\d+\.png")
         remove_left_overs(self.folder, r"metrics\.csv")
         self.rows = MetricsFile(self.metrics_csv, state.step, self.tensorboard)
         if self.is_new:
             self.save_latest(state)
         self.last_save = time.monotonic()
+        images_ahead = (total_steps - state.step) * self.config.batch_size
+        total_epochs = (state.images_seen + images_ahead) // num_images
+        self.epochs_between = epochs_between_kept(self.config.save_every, total_epochs)
+        self.num_images = num_images
 
     @first_process_only
     def grid_is_due(self, step: int) -> bool:
@@ -222,12 +232,23 @@ class RunFolder:
         self.write(self.metrics_csv, self.rows.save)
 
     @first_process_only
-    def save_if_due(self, state: State, num_images: int) -> None:
-        if epoch := kept_epoch(self.config, state.images_seen, num_images):
-            self.save_weights(state, self.checkpoints / f"checkpoint_epoch_{epoch}.pth")
-        if time.monotonic() - self.last_save >= 60 * self.config.save_minutes:
+    def save_if_due(self, state: State) -> None:
+        epoch = self.kept_epoch(state.images_seen)
+        # First latest.pth, which a disk that fills up must not refuse for want of room.
+        if epoch or time.monotonic() - self.last_save >= 60 * self.config.save_minutes:
             self.save_latest(state)
             self.last_save = time.monotonic()
+        if epoch:
+            self.save_weights(state, self.checkpoints / f"checkpoint_epoch_{epoch}.pth")
+
+    def kept_epoch(self, images_seen: int) -> int:
+        """The epoch with a checkpoint to be kept that ended with the last step; 0 if none did."""
+        if not self.epochs_between:
+            return 0
+        images_between = self.epochs_between * self.num_images
+        before = (images_seen - self.config.batch_size) // images_between
+        now = images_seen // images_between
+        return now * self.epochs_between if now > before else 0
 
     def end(self, state: State, total_steps: int, signal: int) -> int:
         """Save everything, say where it is, and return the exit status."""
@@ -280,11 +301,12 @@ class RunFolder:
             warn(f"{path} could not be written ({error}); what was there before is still there")
 
 
-def kept_epoch(config: Config, images_seen: int, num_images: int) -> int:
-    """The epoch, a multiple of save_every, that ended with the last step; 0 if none did."""
-    if not config.save_every:
+def epochs_between_kept(save_every: int, total_epochs: int) -> int:
+    """The least multiple of save_every of which a run keeps at most MOST_KEPT checkpoints.
+
+    It is 0 if save_every is.
+    """
+    if not save_every:
         return 0
-    images_per_checkpoint = config.save_every * num_images
-    before = (images_seen - config.batch_size) // images_per_checkpoint
-    now = images_seen // images_per_checkpoint
-    return now * config.save_every if now > before else 0
+    multiple = total_epochs // ((MOST_KEPT + 1) * save_every) + 1
+    return multiple * save_every
