@@ -8,6 +8,8 @@
 import math
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
+from numbers import Integral, Real
+from os import PathLike
 from typing import Any
 
 
@@ -88,16 +90,15 @@ class Config:
     sample_every: int = setting(1000, "steps between sample grids (0: none)")
     sample_steps: int = setting(50, "network evaluations per image in those grids", 1)
     num_samples: int = setting(16, "images in a grid", 1, 1e6)
-    save_every: int = setting(10, "epochs between kept checkpoints (0: only the final one)")
+    save_every: int = setting(10, "epochs between kept checkpoints, 20 at most (0: the final one)")
     save_minutes: float = setting(5.0, "minutes between saves of latest.pth (0: every step)")
 
     def __post_init__(self) -> None:
-        self.dim_mults = tuple(self.dim_mults)
-        self.attn_resolutions = tuple(self.attn_resolutions)
-        if self.data == "mnist":
-            self.horizontal_flip = False  # a mirrored digit is not a digit
+        is_asked_for = self.attn_resolutions is not Config.attn_resolutions
         for f in fields(self):
             self.check_field(f)
+        if self.data == "mnist":
+            self.horizontal_flip = False  # a mirrored digit is not a digit
 
         self.require("data", self.data != "", "name a data set or a folder, for example cifar10")
         self.require("dim_mults", len(self.dim_mults) > 0, "give at least one factor: 1 2 4 8")
@@ -106,7 +107,7 @@ class Config:
             self.norm_groups = largest_divisor(self.dim, most=32)
         divides = self.dim % self.norm_groups == 0
         self.require("norm_groups", divides, f"it must divide dim={self.dim}; 0 chooses for you")
-        self.check_levels()
+        self.check_levels(is_asked_for)
         self.require("dropout", self.dropout < 1, "it must be below 1, for example 0.1")
         if self.beta_schedule == "linear":
             self.check_betas()
@@ -120,25 +121,30 @@ class Config:
             raise ValueError(f"{name}={getattr(self, name)!r} is impossible: {remedy}")
 
     def check_field(self, f: Field) -> None:
-        """Check what can be checked of one field alone: its choices, its type, its bounds."""
-        value, least, most = getattr(self, f.name), f.metadata["least"], f.metadata["most"]
+        """Check one field, and make it what a file can hold: NumPy's numbers become Python's."""
+        value, kind = getattr(self, f.name), type(f.default)
+        least, most = f.metadata["least"], f.metadata["most"]
         if choices := f.metadata["choices"]:
             self.require(f.name, value in choices, f"choose from {', '.join(map(str, choices))}")
-            return
-        if isinstance(f.default, str | bool):
-            kind = type(f.default)
-            self.require(f.name, isinstance(value, kind), f"it must be a {kind.__name__}")
-            return
-        kinds, word = int, "whole number"
-        if isinstance(f.default, float):
-            kinds, word = (int, float), "number"
-        for number in value if isinstance(value, tuple) else (value,):
-            is_number = isinstance(number, kinds) and not isinstance(number, bool)
-            in_bounds = is_number and least <= number <= most
-            self.require(f.name, in_bounds,
-                         f"it must be a {word} of at least {least} and at most {most:,.10g}")
+            setattr(self, f.name, choices[choices.index(value)])
+        elif kind in (str, bool):
+            kinds = (str, PathLike) if kind is str else bool
+            self.require(f.name, isinstance(value, kinds), f"it must be a {kind.__name__}")
+            setattr(self, f.name, kind(value))
+        else:
+            kinds, plain, word = Integral, int, "whole number"
+            if kind is float:
+                kinds, plain, word = Real, float, "number"
+            numbers = tuple(value) if kind is tuple else (value,)
+            for number in numbers:
+                is_number = isinstance(number, kinds) and not isinstance(number, bool)
+                in_bounds = is_number and least <= number <= most
+                self.require(f.name, in_bounds,
+                             f"it must be a {word} of at least {least} and at most {most:,.10g}")
+            numbers = tuple(map(plain, numbers))
+            setattr(self, f.name, numbers if kind is tuple else numbers[0])
 
-    def check_levels(self) -> None:
+    def check_levels(self, attention_is_asked_for: bool) -> None:
         """Check that each level can halve the image, and that attention is at a level's size."""
         levels = len(self.dim_mults)
         multiple = 2 ** (levels - 1)
@@ -149,7 +155,7 @@ class Config:
                   f"fewer levels, for example --dim_mults {fewer}")
         self.require("image_size", self.image_size % multiple == 0, remedy)
         sizes = level_sizes(self.image_size, self.dim_mults)
-        if self.attn_resolutions is Config.attn_resolutions:  # the default, which nobody asked for
+        if not attention_is_asked_for:
             self.attn_resolutions = tuple(s for s in self.attn_resolutions if s in sizes)
         known = all(size in sizes for size in self.attn_resolutions)
         self.require("attn_resolutions", known, f"the levels here are of size {sizes}: "
@@ -166,8 +172,8 @@ class Config:
         first = self.beta_start * 1000 / self.timesteps
         slope = (last - first) / (self.timesteps - 1)
         log_of_last = sum(math.log1p(-first - slope * t) for t in range(self.timesteps))
-        self.require("beta_end", log_of_last > -60,
-                     "it leaves nothing of the image long before t = T: use 0.02")
+        self.require("beta_end", -60 < log_of_last < -1, "it leaves nothing of the image long "
+                     "before t = T, or too much of it at T, where sampling starts: use 0.02")
 
 
 FIXED = [f.name for f in fields(Config) if f.metadata["fixed"]]

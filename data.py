@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from config import Config
-from utils.cli import UserError, brief
+from utils.cli import UserError, brief, warn
 from utils.image_cache import load_folder, to_square
 from utils.randomness import derive_seed
 
@@ -43,7 +43,6 @@ class Batches:
 
     B is batch_size / world_size.  The order is one permutation of the data after another, each
     drawn from (seed, epoch); a step takes the next batch_size images, rank r its slice of them.
-    No step waits for a GPU.
     """
 
     def __init__(
@@ -116,6 +115,8 @@ def load_images(config: Config, split: str = "train") -> np.ndarray:
     A folder has no splits: either one is all of it.  Raises UserError if there is nothing to load.
     """
     size, channels = config.image_size, config.channels
+    if config.data in (*DOWNLOADS, "shapes") and Path(config.data).is_dir():
+        warn(f"{config.data} is the data set of that name: for the folder, --data ./{config.data}")
     if config.data == "shapes":
         count = 10_000 if split == "train" else 1_000
         return draw_shapes(count, size, channels, split)

@@ -55,8 +55,8 @@ def beta_schedule(config: Config) -> Tensor:
 class DDPM(nn.Module):
     """The diffusion around a network model(x_t, t) -> predicted noise.
 
-    t is 0-based: x_t at t = 0 has taken one step of noise, at t = T - 1 all T of them.  The paper's
-    x_0 is x_start, which has taken none: a step back from t = 0 leads there.
+    t is 0-based: x_t at t = 0 has taken one step of noise; x_start, the paper's x_0, has none.
+    Sampling switches dropout off in an nn.Module alone: wrap a network in one, not in a function.
     """
 
     def __init__(self, model: Callable[[Tensor, Tensor], Tensor], config: Config) -> None:

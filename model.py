@@ -81,7 +81,8 @@ class UNet(nn.Module):
             h = block(h, emb)
         # Not in 16 bits: DDPM.predict_x_start multiplies an error of the output by up to 20,291.
         with without_autocast(h):
-            return self.conv_out(F.silu(self.norm_out(h.float())))
+            h = h.to(self.conv_out.weight.dtype)
+            return self.conv_out(F.silu(self.norm_out(h)))
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -106,7 +107,7 @@ class UNet(nn.Module):
 class TimeEmbedding(nn.Module):
     """t [B] -> a vector [B, 4 dim], by way of sinusoids.
 
-    In fp32, since bf16 cannot tell t = 997 from 998.
+    In the weights' fp32, since bf16 cannot tell t = 997 from 998.
     """
 
     def __init__(self, dim: int) -> None:
@@ -117,7 +118,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         with without_autocast(t):
-            return self.linear2(F.silu(self.linear1(sinusoid(t, self.dim))))
+            emb = sinusoid(t, self.dim).to(self.linear1.weight.dtype)
+            return self.linear2(F.silu(self.linear1(emb)))
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:

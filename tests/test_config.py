@@ -4,6 +4,7 @@ import inspect
 import re
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 
 from config import PRESETS, Config
@@ -52,6 +53,15 @@ def test_a_checkpoint_without_a_fixed_field_gets_its_default_and_a_warning(tmp_p
     assert capsys.readouterr().err == ""
 
 
+def test_paths_and_numbers_of_numpy_are_what_a_file_can_hold(tmp_path):
+    config = Config(data=tmp_path, dim=np.int64(32), dim_mults=np.array([1, 2]),
+                    attn_resolutions=[np.int32(16)], dropout=np.float32(0.5),
+                    channels=np.int64(1))
+    expected = Config(data=str(tmp_path), dim=32, dim_mults=(1, 2), attn_resolutions=(16,),
+                      dropout=0.5, channels=1)
+    assert repr(config) == repr(expected)
+
+
 def test_digits_are_never_mirrored():  # a flip is right for photographs and wrong for digits
     assert not Config(data="mnist").horizontal_flip
     assert Config(data="fashion_mnist").horizontal_flip
@@ -77,6 +87,7 @@ def test_digits_are_never_mirrored():  # a flip is right for photographs and wro
     ("beta_start", 0.5, "beta_end"),
     ("beta_start", 1e-17, "at least 1e-08"),
     ("beta_end", 0.9, "nothing of the image"),
+    ("beta_end", 0.0015, "too much of it at T"),
     ("variance", "learned", "fixed_small"),
     ("batch_size", 0, "at least 1"),
     ("learning_rate", 0.0, "0.0002"),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,15 @@ def test_a_folder_is_the_data_of_either_split(split, pictures):
     assert images.dtype == np.uint8
     (cache,) = pictures["data_dir"].iterdir()
     assert cache.name.startswith("pictures-")
+
+
+def test_a_folder_named_as_a_data_set_is_pointed_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    load_images(tiny())
+    assert capsys.readouterr().err == ""
+    Path("shapes").mkdir()
+    load_images(tiny())
+    assert "for the folder, --data ./shapes" in capsys.readouterr().err
 
 
 def test_neither_a_folder_nor_a_known_name(tmp_path):

@@ -46,6 +46,28 @@ def test_every_timestep_is_told_apart_in_bf16():
     assert len(torch.unique(emb, dim=0)) == 1000
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-5), (torch.bfloat16, 0.1)])
+def test_the_network_calculates_in_the_dtype_of_its_weights(dtype, rounding):
+    config = tiny()
+    model = random_unet(config)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 29])
+    expected = model(x, t)
+    found = model.to(dtype)(x.to(dtype), t)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=rounding)
+
+
+def test_float64_is_a_default_like_any_other():
+    torch.set_default_dtype(torch.float64)
+    try:
+        config = tiny()
+        loss = DDPM(UNet(config), config).training_loss(torch.randn(2, 3, 8, 8))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    loss.backward()
+    assert loss.item() == pytest.approx(1, abs=0.3)
+
+
 # The start
 
 def test_output_starts_at_zero_so_the_first_loss_is_one():

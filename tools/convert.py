@@ -182,8 +182,8 @@ def refuse_differences(kind: type, theirs: dict[str, Any], ours: dict[str, Any])
     """Raises UserError naming the first setting of theirs that the nearest Config does not give."""
     for name, expected in {**default_settings(kind), **ours}.items():
         if name not in NOT_COMPARED and theirs[name] != expected:
-            raise UserError(f"{name}={theirs[name]!r} of a {kind.__name__} cannot be expressed "
-                            f"here, {expected!r} can")
+            raise UserError(f"{name}={brief(repr(theirs[name]))} of a {kind.__name__} cannot be "
+                            f"expressed here, {expected!r} can")
 
 
 # Both ways
