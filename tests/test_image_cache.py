@@ -86,6 +86,8 @@ def test_a_picture_that_is_replaced_within_its_time_and_size_is_seen(ending, tmp
 
 def test_two_pictures_that_change_places_are_seen(tmp_path):
     folder = coloured_pictures(tmp_path / "pictures")
+    for path in folder.iterdir():
+        os.utime(path, (10**9, 10**9))
     first = np.array(loaded(folder))
     for old, new in (("000", "x"), ("001", "000"), ("x", "001")):
         (folder / f"{old}.png").rename(folder / f"{new}.png")

@@ -11,6 +11,7 @@ from PIL import Image
 import inference
 from ddpm import DDPM
 from inference import slerp
+from model import UNet
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.sampler import Sampler
 
@@ -79,12 +80,21 @@ def test_process_ends_with_the_sample(checkpoint, tmp_path):
 @pytest.mark.parametrize("line", [
     ("process",), ("process", "--steps", 10), ("interpolate",), ("interpolate", "--steps", 10),
     ("interpolate", "--images", "a.png", "b.png", "--t", 5, 20)])
-def test_images_by_batches_are_the_same_images(line, two_pictures, checkpoint, tmp_path):
-    pictures = []
+def test_images_by_batches_are_the_same_images(
+    line, two_pictures, checkpoint, tmp_path, monkeypatch
+):
+    def noted(model, x_t, t):
+        sizes.append(len(x_t))
+        return forward(model, x_t, t)
+
+    forward, sizes, pictures = UNet.forward, [], []
+    monkeypatch.setattr(UNet, "forward", noted)
     for batch_size in (64, 2):
+        sizes.clear()
         infer(checkpoint, tmp_path, "--mode", *line, "--num_samples", 5, "--batch_size", batch_size)
         (path,) = (tmp_path / "outputs").glob("*.png")
         pictures.append(np.asarray(Image.open(path)).astype(int))
+        assert set(sizes) == ({5} if batch_size == 64 else {2, 1})
     assert abs(pictures[0] - pictures[1]).max() <= 1  # the last batch rounds in its own way
 
 
