@@ -10,6 +10,7 @@ from dataclasses import fields
 import pytest
 from helpers import ROOT
 
+import ddim
 from config import Config
 
 PAIRS = [
@@ -200,3 +201,25 @@ def test_every_equation_is_where_the_table_says():
     assert {2, 4, 5, 6, 8, 11, 12, 13, 14, 15} <= numbers
     chinese = rows((ROOT / "README.zh-CN.md").read_text(), "论文")
     assert [row[2] for row in chinese] == [row[2] for row in table]
+
+
+# docs/fewer-steps.md
+
+FEWER_STEPS = (ROOT / "docs/fewer-steps.md").read_text()
+
+
+def test_the_lines_beside_the_formulas_are_those_of_ddim():
+    code = [line.strip() for line in (ROOT / "ddim.py").read_text().splitlines()]
+    lines = "".join(blocks(FEWER_STEPS, "python")).splitlines()
+    assert len(lines) == 5
+    for line in lines:
+        assert line in code
+
+
+def test_the_timesteps_listed_are_those_visited():
+    for spacing in ("quadratic", "uniform"):
+        ten = ", ".join(map(str, ddim.spaced_timesteps(1000, 10, spacing)))
+        assert f"| {spacing} | {ten} |" in FEWER_STEPS
+        fifty = list(map(str, ddim.spaced_timesteps(1000, 50, spacing)))
+        start, end = ", ".join(fifty[:3]), f"{fifty[-2]}, {fifty[-1]} ({spacing})"
+        assert re.search(f"{start}, .*{re.escape(end)}", FEWER_STEPS)
