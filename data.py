@@ -49,6 +49,8 @@ class Batches:
         self, images: np.ndarray, config: Config, device: torch.device, rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if images.dtype != np.uint8:
+            raise TypeError(f"images are uint8 from 0 to 255, not {images.dtype}")
         self.images = images
         self.seed = config.seed
         self.share = config.batch_size // world_size  # images of this process per step

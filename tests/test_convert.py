@@ -13,7 +13,9 @@ from helpers import called, infer, random_unet, refused, save_network, succeeded
 from safetensors.torch import load_file, save_file
 
 from config import Config
+from tools.convert import scheduler_settings
 from utils.checkpoint import load_checkpoint, load_network
+from utils.cli import UserError
 
 # There and back
 
@@ -176,6 +178,13 @@ def test_a_network_that_diffusers_lacks_is_refused_by_name(tmp_path):
     save_network(tmp_path / "ours.pth", tiny(dim_mults=(2, 4)))
     refused(to_diffusers(tmp_path), 1, "dim_mults=(2, 4)")
     assert not (tmp_path / "theirs").exists()
+
+
+def test_a_schedule_that_diffusers_lacks_is_refused_by_name():
+    config = tiny()
+    config.beta_schedule = "sigmoid"  # of one's own
+    with pytest.raises(UserError, match="beta_schedule=sigmoid"):
+        scheduler_settings(config)
 
 
 def without_a_layer(path: Path) -> None:

@@ -76,6 +76,11 @@ def test_a_batch_is_the_images_in_their_order(counted):
     assert torch.equal(batch, to_float(torch.from_numpy(expected)))
 
 
+def test_images_of_another_range_are_refused():
+    with pytest.raises(TypeError, match="uint8 from 0 to 255, not float32"):
+        Batches(np.zeros((4, 3, 8, 8), np.float32), tiny(), CPU)
+
+
 @pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (6, 3), (11, 1), (30, 2)])
 def test_images_that_lie_on_a_gpu_come_in_the_same_order(batch_size, world_size, counted):
     """The code for a GPU runs with tensors on the CPU."""

@@ -111,7 +111,9 @@ def unet_settings(config: Config) -> dict[str, Any]:
 
 
 def scheduler_settings(config: Config) -> dict[str, Any]:
-    """The arguments of DDPMScheduler."""
+    """The arguments of DDPMScheduler.  Raises UserError if diffusers has no such schedule."""
+    if config.beta_schedule not in SCHEDULES:
+        raise UserError(f"beta_schedule={config.beta_schedule} cannot be expressed in diffusers")
     scale = 1000 / config.timesteps
     return {
         "num_train_timesteps": config.timesteps,
