@@ -51,7 +51,7 @@ class Config:
         (16,), "self-attention at these feature-map sizes if a level has them, and always in the "
         "middle", 1, 4096)
     norm_groups: int = fixed(
-        0, "groups of group norm, a divisor of dim (0: the most up to 32)", 0, 4096)
+        0, "groups of group norm (0: the most up to 32, of 2 channels or more each)", 0, 4096)
     dropout: float = setting(0.1, "inside the residual blocks, in training only")
 
     timesteps: int = fixed(1000, "T, the length of the diffusion", 2, 1e6, heading="diffusion")
@@ -104,7 +104,7 @@ class Config:
         self.require("dim_mults", len(self.dim_mults) > 0, "give at least one factor: 1 2 4 8")
         self.require("dim", self.dim % 2 == 0, "it must be even, for example 64")
         if self.norm_groups == 0:
-            self.norm_groups = largest_divisor(self.dim, most=32)
+            self.norm_groups = largest_divisor(self.dim, most=min(32, self.dim // 2))
         divides = self.dim % self.norm_groups == 0
         self.require("norm_groups", divides, f"it must divide dim={self.dim}; 0 chooses for you")
         self.check_levels(is_asked_for)
@@ -200,7 +200,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "data": "shapes",
         "image_size": 16,
-        "dim": 40,  # at 32, group norm has one channel per group and wipes out the colour
+        "dim": 40,
         "dim_mults": (1, 2, 2),
         "num_res_blocks": 1,
         "attn_resolutions": (8,),

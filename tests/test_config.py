@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from config import PRESETS, Config
+from model import UNet
 from utils.checkpoint import read_config
 from utils.cli import CommandLine
 
@@ -119,6 +120,15 @@ def test_an_impossible_value_is_named_with_a_remedy(name, value, remedy):
 @pytest.mark.parametrize("sizes", [(32,), (16, 8), (4, 32), ()])
 def test_attention_at_the_size_of_any_level_or_none(sizes):
     assert Config(attn_resolutions=sizes).attn_resolutions == sizes
+
+
+@pytest.mark.parametrize(("dim", "groups"), [
+    (4, 2), (8, 4), (24, 12), (32, 16), (34, 17), (40, 20), (48, 24), (64, 32), (96, 32), (128, 32),
+    (74, 2), (256, 32)])
+def test_groups_of_group_norm_have_two_channels_or_more(dim, groups):
+    assert Config(dim=dim).norm_groups == groups
+    assert UNet(Config(dim=dim)).norm_out.num_groups == groups
+    assert Config(dim=dim, norm_groups=2).norm_groups == 2
 
 
 @pytest.mark.parametrize(("image_size", "attends"), [

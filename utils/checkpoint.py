@@ -152,7 +152,7 @@ def read_config(content: dict[str, Any], path: Path) -> Config:
             sizes = level_sizes(values["image_size"], values["dim_mults"])
             known = [size for size in values["attn_resolutions"] if size in sizes]
             values["attn_resolutions"] = known
-        if "norm_groups" not in values:  # it is older than the setting, and had at most 32
+        if "norm_groups" not in values:  # older ones had groups of a single channel too
             values["norm_groups"] = largest_divisor(values.get("dim", Config.dim), most=32)
         config = Config(**values)
     except Exception as error:  # of what a damaged one may raise there is no list
