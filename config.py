@@ -6,10 +6,11 @@
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from numbers import Integral, Real
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any
 
 
@@ -130,15 +131,18 @@ class Config:
         elif kind in (str, bool):
             kinds = (str, PathLike) if kind is str else bool
             self.require(f.name, isinstance(value, kinds), f"it must be a {kind.__name__}")
-            setattr(self, f.name, kind(value))
+            # The string itself, also of an Enum, and a path as the system knows it.
+            setattr(self, f.name, str.__str__(fspath(value)) if kind is str else value)
         else:
             kinds, plain, word = Integral, int, "whole number"
             if kind is float:
                 kinds, plain, word = Real, float, "number"
+            if kind is tuple:
+                self.require(f.name, isinstance(value, Iterable), "it must be a list of numbers")
             numbers = tuple(value) if kind is tuple else (value,)
             for number in numbers:
                 is_number = isinstance(number, kinds) and not isinstance(number, bool)
-                in_bounds = is_number and least <= number <= most
+                in_bounds = is_number and least <= plain(number) <= most
                 self.require(f.name, in_bounds,
                              f"it must be a {word} of at least {least} and at most {most:,.10g}")
             numbers = tuple(map(plain, numbers))

@@ -116,6 +116,8 @@ def load_images(config: Config, split: str = "train") -> np.ndarray:
 
     A folder has no splits: either one is all of it.  Raises UserError if there is nothing to load.
     """
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r} is impossible: train or test")
     size, channels = config.image_size, config.channels
     if config.data in (*DOWNLOADS, "shapes") and Path(config.data).is_dir():
         warn(f"{config.data} is the data set of that name: for the folder, --data ./{config.data}")
@@ -138,11 +140,11 @@ def download(name: str, data_dir: str, size: int, channels: int, split: str) -> 
     kind, archive = DOWNLOADS[name]
     try:
         dataset = getattr(datasets, kind)(data_dir, train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:
-        reason = brief(error)
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(
-            f"{name} could not be downloaded ({reason}): put {archive} into {data_dir} by hand, "
-            "or use --data shapes, which needs no download") from error
+            f"{name} could not be downloaded or read ({brief(error)}): remove what there is of it "
+            f"in {data_dir} and put {archive} there by hand, or use --data shapes, which needs no "
+            "download") from error
     pictures = (Image.fromarray(np.asarray(pixels)) for pixels in dataset.data)
     squares = (to_square(picture, size, channels) for picture in pictures)
     return stack(squares, len(dataset.data), size, channels)

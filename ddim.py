@@ -32,27 +32,27 @@ def ddim_sample_loop(
     abars = [ddpm.alphas_cumprod_float64[t] for t in timesteps]
     abars.append(1.0)  # x_0 has no noise
     pred_x_start_before = None
-    with evaluating(ddpm):
-        for i, t in enumerate(timesteps):
-            abar, abar_next = abars[i], abars[i + 1]
+    for i, t in enumerate(timesteps):
+        abar, abar_next = abars[i], abars[i + 1]
+        with evaluating(ddpm):
             pred_x_start = ddpm.predict_x_start(x_t, batch_of(t, x_t))
-            x_start = pred_x_start
-            # The first step has no prediction before it, the last one ends at its prediction.
-            if order == 2 and 0 < i < len(timesteps) - 1:
-                x_start = extrapolate(
-                    pred_x_start, pred_x_start_before, abars[i - 1], abar, abar_next)
-            pred_x_start_before = pred_x_start
+        x_start = pred_x_start
+        # The first step has no prediction before it, the last one ends at its prediction.
+        if order == 2 and 0 < i < len(timesteps) - 1:
+            x_start = extrapolate(
+                pred_x_start, pred_x_start_before, abars[i - 1], abar, abar_next)
+        pred_x_start_before = pred_x_start
 
-            # Not pred_noise: it does not match an x_0 that was clipped or extrapolated.
-            eps = (x_t - math.sqrt(abar) * x_start) / math.sqrt(1 - abar)
-            # At eta 1 it is the variance of q(x_next | x_t, x_0): Eq. 7 for a jump.
-            variance = eta**2 * (1 - abar / abar_next) * (1 - abar_next) / (1 - abar)
-            # Rounding could take it below 0.
-            eps_variance = max(0.0, 1 - abar_next - variance)
-            x_t = math.sqrt(abar_next) * x_start + math.sqrt(eps_variance) * eps
-            if variance > 0:
-                x_t = x_t + math.sqrt(variance) * randn_like(x_t)
-            yield t, x_t
+        # Not pred_noise: it does not match an x_0 that was clipped or extrapolated.
+        eps = (x_t - math.sqrt(abar) * x_start) / math.sqrt(1 - abar)
+        # At eta 1 it is the variance of q(x_next | x_t, x_0): Eq. 7 for a jump.
+        variance = eta**2 * (1 - abar / abar_next) * (1 - abar_next) / (1 - abar)
+        # Rounding could take it below 0.
+        eps_variance = max(0.0, 1 - abar_next - variance)
+        x_t = math.sqrt(abar_next) * x_start + math.sqrt(eps_variance) * eps
+        if variance > 0:
+            x_t = x_t + math.sqrt(variance) * randn_like(x_t)
+        yield t, x_t
 
 
 def extrapolate(
@@ -106,11 +106,13 @@ def sample_loop(
     argument.
     """
     num_timesteps = ddpm.timesteps if t_start is None else t_start + 1
+    if not 1 <= num_timesteps <= ddpm.timesteps:
+        raise ValueError(f"t_start={t_start} is impossible: from 0 to {ddpm.timesteps - 1}")
+    if order not in (1, 2) or not 0 <= (eta or 0) <= 1:
+        raise ValueError(f"order={order}, eta={eta} is impossible: 1 or 2, and from 0 to 1")
     if is_algorithm_2(num_timesteps, steps, eta):
         return ddpm.p_sample_loop(x_t, t_start, randn_like)
     eta = ETA if eta is None else eta
-    if order not in (1, 2) or not 0 <= eta <= 1:
-        raise ValueError(f"order={order}, eta={eta} is impossible: 1 or 2, and from 0 to 1")
     steps = num_timesteps if steps is None else steps
     timesteps = spaced_timesteps(num_timesteps, steps, spacing)
     return ddim_sample_loop(ddpm, x_t, timesteps, eta, order, randn_like)

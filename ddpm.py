@@ -126,6 +126,13 @@ class DDPM(nn.Module):
 
     # Training
 
+    def predict_noise(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's answer in float32.  Raises ValueError if it has not the shape of x_t."""
+        pred_noise = self.model(x_t, t).float()
+        if pred_noise.shape != x_t.shape:  # it would be stretched to another one without a word
+            raise ValueError(f"the network returns {[*pred_noise.shape]} for {[*x_t.shape]}")
+        return pred_noise
+
     def training_losses(
         self, x_start: Tensor, t: Tensor | None = None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -138,7 +145,7 @@ class DDPM(nn.Module):
             t = torch.randint(self.timesteps, x_start.shape[:1], device=x_start.device)
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
-        pred_noise = self.model(x_t, t).float()
+        pred_noise = self.predict_noise(x_t, t)
         squared_errors = (noise - pred_noise).square()
         return mean_of_each(squared_errors), t
 
@@ -157,7 +164,7 @@ class DDPM(nn.Module):
         Without the clip nothing survives the first steps: an error of the noise enters x_0 times
         sqrt(1 / alphas_cumprod - 1), at t = T - 1 times 157 (linear) or 20,291 (cosine, T = 1000).
         """
-        pred_noise = self.model(x_t, t).float()
+        pred_noise = self.predict_noise(x_t, t)
         x_t_scale = at(self.sqrt_recip_alphas_cumprod, t, x_t)
         noise_scale = at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
         pred_x_start = x_t_scale * x_t - noise_scale * pred_noise
@@ -187,10 +194,10 @@ class DDPM(nn.Module):
     ) -> Iterator[tuple[int, Tensor]]:
         """Algorithm 2 from x_t at t_start (T - 1 if None): yields (t, x after the step at t)."""
         t_start = self.timesteps - 1 if t_start is None else t_start
-        with evaluating(self):
-            for t in range(t_start, -1, -1):
+        for t in range(t_start, -1, -1):
+            with evaluating(self):  # not around the yield, at which a loop may be left for good
                 x_t = self.p_sample(x_t, batch_of(t, x_t), randn_like(x_t))
-                yield t, x_t
+            yield t, x_t
 
     def sample(self, x_T: Tensor, randn_like: RandnLike = torch.randn_like) -> Tensor:
         """Algorithm 2: x_T, standard normal -> x_0 in [-1, 1].  ddim.sample takes fewer steps."""
@@ -205,6 +212,8 @@ def at(coefficients: Tensor, t: Tensor, x: Tensor) -> Tensor:
 
 def mean_of_each(x: Tensor) -> Tensor:
     """x [B, ...] -> the mean of each image [B]."""
+    if x.ndim == 1:
+        return x
     return x.mean(dim=tuple(range(1, x.ndim)))
 
 

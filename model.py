@@ -68,6 +68,7 @@ class UNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         emb = self.time_embedding(t)                     # [B, 4 dim]
+        x_t = x_t.to(self.conv_in.weight.dtype)
         h = self.conv_in(x_t)                            # [B, dim, S]
         skips = [h]
         for block in self.down:
@@ -80,7 +81,7 @@ class UNet(nn.Module):
                 h = torch.cat([h, skips.pop()], dim=1)   # [B, both widths, S / 2^level]
             h = block(h, emb)
         # Not in 16 bits: DDPM.predict_x_start multiplies an error of the output by up to 20,291.
-        with without_autocast(h):
+        with without_autocast(h.device):
             h = h.to(self.conv_out.weight.dtype)
             return self.conv_out(F.silu(self.norm_out(h)))
 
@@ -117,16 +118,15 @@ class TimeEmbedding(nn.Module):
         self.linear2 = nn.Linear(4 * dim, 4 * dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        with without_autocast(t):
+        with without_autocast(t.device):
             emb = sinusoid(t, self.dim).to(self.linear1.weight.dtype)
             return self.linear2(F.silu(self.linear1(emb)))
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast off inside, on the kinds of device that have it: what is fp32 stays fp32."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind):
-        return torch.autocast(kind, enabled=False)
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 

@@ -164,6 +164,15 @@ def test_a_foreign_file_among_the_checkpoints_is_not_looked_at(state, tmp_path):
     assert newest_checkpoint(tmp_path / "run").name == "final_model.pth"
 
 
+def test_a_folder_whose_name_is_no_text(pictures, tmp_path):
+    run = tmp_path / "mod\udce8les"
+    settings = {"max_steps": 1, "sample_every": 0}
+    succeeded(train(run, pictures, settings))
+    assert newest_checkpoint(run).name == "final_model.pth"
+    result = succeeded(train(run, pictures, settings, "--resume"))
+    assert "already finished" in result.stdout
+
+
 def test_attention_at_a_size_that_no_level_has_was_once_allowed(checkpoint, tmp_path):
     """It built nothing, so such a checkpoint is that of the network without it."""
     content = load_checkpoint(checkpoint)

@@ -1,12 +1,22 @@
 """utils/cli.py: --help, and mistakes that are answered in one line."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, called, refused, script, succeeded
 
 from config import Config
-from utils.cli import warn
+from utils.cli import progress_bar, warn
+
+# Streams of a notebook, or none
+
+@pytest.mark.parametrize("stream", [None, SimpleNamespace(write=len, flush=lambda: None)])
+def test_a_bar_and_a_warning_need_no_terminal(stream, monkeypatch):
+    monkeypatch.setattr("sys.stderr", stream)
+    warn("nobody reads this")
+    assert list(progress_bar(range(3))) == [0, 1, 2]
+
 
 # Help
 

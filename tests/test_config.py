@@ -1,8 +1,10 @@
 """Config: what is possible, what is refused and how, and the round trip that checkpoints make."""
 
 import inspect
+import os
 import re
 from dataclasses import asdict
+from enum import Enum
 
 import numpy as np
 import pytest
@@ -63,6 +65,23 @@ def test_paths_and_numbers_of_numpy_are_what_a_file_can_hold(tmp_path):
     assert repr(config) == repr(expected)
 
 
+def test_a_string_is_the_string_itself(tmp_path):
+    class Name(str, Enum):
+        SHAPES = "shapes"
+
+    (tmp_path / "pictures").mkdir()
+    (entry,) = os.scandir(tmp_path)
+    config = Config(data=entry, data_dir=Name.SHAPES)
+    assert config.data == str(tmp_path / "pictures")
+    assert type(config.data_dir) is str
+    assert config.data_dir == "shapes"
+
+
+def test_numbers_of_few_bits_are_taken_without_a_warning(recwarn):
+    assert Config(learning_rate=np.float32(0.5), dropout=np.float16(0.5)).dropout == 0.5
+    assert not recwarn.list
+
+
 def test_digits_are_never_mirrored():  # a flip is right for photographs and wrong for digits
     assert not Config(data="mnist").horizontal_flip
     assert Config(data="fashion_mnist").horizontal_flip
@@ -77,6 +96,8 @@ def test_digits_are_never_mirrored():  # a flip is right for photographs and wro
     ("dim", 2, "4"),
     ("dim", "64", "whole number"),
     ("dim_mults", (), "1 2 4 8"),
+    ("dim_mults", 2, "list"),
+    ("attn_resolutions", None, "list"),
     ("dim_mults", (1, 0), "at least 1"),
     ("attn_resolutions", (16, 5), "[32, 16, 8, 4]"),
     ("attn_resolutions", (64,), "or none"),

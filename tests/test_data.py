@@ -140,6 +140,20 @@ def test_a_folder_named_as_a_data_set_is_pointed_out(tmp_path, monkeypatch, caps
     assert "for the folder, --data ./shapes" in capsys.readouterr().err
 
 
+def test_another_split_is_refused():
+    with pytest.raises(ValueError, match="'training' is impossible: train or test"):
+        load_images(tiny(), "training")
+
+
+def test_a_damaged_download_is_one_line(monkeypatch, tmp_path):
+    def truncated(*arguments, **options):
+        raise ValueError("invalid literal for int() with base 16: b''")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", truncated)
+    with pytest.raises(UserError, match="remove what there is of it"):
+        load_images(tiny(data="mnist", data_dir=str(tmp_path)))
+
+
 def test_neither_a_folder_nor_a_known_name(tmp_path):
     (tmp_path / "file").touch()
     for name in ("nowhere", "file"):

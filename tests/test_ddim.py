@@ -215,6 +215,26 @@ def test_a_loop_has_no_dropout_and_restores_each_mode(calls, eta, shape):
     assert modes(ddpm) == before
 
 
+@pytest.mark.parametrize("steps", [None, 5])
+def test_a_loop_that_is_left_leaves_the_mode_alone(steps, shape):
+    ddpm = DDPM(Constant(), tiny()).train()
+    loop = ddim.sample_loop(ddpm, torch.randn(shape), steps)
+    for _ in range(3):
+        next(loop)
+        assert ddpm.training
+    ddpm.eval()
+    del loop
+    assert not ddpm.training
+    assert not any(ddpm.model.modes)
+
+
+@pytest.mark.parametrize("arguments", [
+    {"order": 7}, {"eta": 2.0}, {"t_start": -1}, {"t_start": 30}, {"steps": 5, "order": 0}])
+def test_what_is_impossible_is_refused_in_any_number_of_steps(arguments, shape):
+    with pytest.raises(ValueError, match="impossible"):
+        ddim.sample_loop(DDPM(Constant(), tiny()), torch.randn(shape), **arguments)
+
+
 @LOOPS
 @pytest.mark.parametrize("shape", [(4, 2), (4, 3, 5), (4, 3, 2, 3, 2)])
 def test_points_sounds_and_volumes_are_sampled_as_images_are(eta, shape):

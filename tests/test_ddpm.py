@@ -241,3 +241,17 @@ def test_points_sounds_and_volumes_are_diffused_as_images_are(shape):
     for name in expected:
         numbers, of_images = got[name].view(4, -1), expected[name].view(4, -1)
         assert_close(numbers, of_images, rtol=0, atol=1e-6)
+
+
+def test_an_answer_of_another_shape_is_refused():
+    for shape, model in (((5, 1), lambda x, t: x[:, 0]), ((2, 3, 8, 8), lambda x, t: x[:, :1])):
+        ddpm = DDPM(model, tiny())
+        with pytest.raises(ValueError, match="the network returns"):
+            ddpm.training_loss(torch.randn(shape))
+        with pytest.raises(ValueError, match="the network returns"):
+            ddpm.sample(torch.randn(shape))
+
+
+def test_numbers_have_a_loss_each():
+    losses, t = DDPM(lambda x, t: x, tiny()).training_losses(torch.randn(6))
+    assert losses.shape == t.shape == (6,)

@@ -28,7 +28,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_compiler
 
 from utils import device
-from utils.device import fastest_precision, maybe_compile, memory_format, select_precision
+from utils.device import (
+    autocast,
+    fastest_precision,
+    maybe_compile,
+    memory_format,
+    select_precision,
+)
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -177,6 +183,14 @@ def test_in_16_bits_a_cpu_is_faster_without_channels_last():
     assert memory_format(CPU, "fp16") == torch.contiguous_format
     assert memory_format(CPU, "fp32") == torch.channels_last
     assert memory_format(CUDA, "bf16") == torch.channels_last
+
+
+def test_fp32_is_fp32_within_an_autocast_of_ones_own():
+    x = torch.randn(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        with autocast(CPU, "fp32"):
+            assert (x @ x).dtype == torch.float32
 
 
 # Compiling

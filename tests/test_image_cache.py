@@ -142,7 +142,7 @@ def test_a_few_damaged_images_are_skipped_and_named(folder, capfd):
 
 def test_what_is_hidden_is_no_image(folder):
     for name in (".ipynb_checkpoints/x-checkpoint.png", "__MACOSX/a/x.png", "a/._y.jpg",
-                 ".x.png", "a/.git/b/x.png"):
+                 ".x.png", "a/.git/b/x.png", "@eaDir/x.png", "$RECYCLE.BIN/x.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "x.png", folder / name)
     assert len(loaded(folder)) == 7
@@ -150,7 +150,7 @@ def test_what_is_hidden_is_no_image(folder):
 
 
 def test_pictures_of_other_kinds_are_left_out_with_a_word(folder, capfd):
-    for name in ("a.heic", "b.AVIF", "c.jp2"):
+    for name in ("a.heic", "b.AVIF", "c.jpe"):
         (folder / name).write_bytes(b"")
     assert len(loaded(folder)) == 7
     assert f"3 images in {folder}, such as {folder}/a.heic, are left" in capfd.readouterr().err
@@ -202,6 +202,33 @@ def test_no_more_is_decoded_ahead_than_fits_into_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache, "AT_A_TIME", 8)
     assert len(loaded(folder)) == 50
     assert max(ahead) <= 8
+
+
+def test_folders_of_the_system_need_not_be_readable(folder, monkeypatch):
+    scandir = os.scandir
+    (folder / "lost+found").mkdir()
+
+    def refusing(path):
+        if Path(path).name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refusing)
+    assert len(loaded(folder)) == 7
+
+
+def test_what_is_said_of_a_picture_may_be_damaged(folder, capfd):
+    picture = Image.new("RGB", (8, 8), "red")
+    picture.save(folder / "exif.webp", exif=b"nonsense", lossless=True)
+    file = io.BytesIO()
+    picture.save(file, "TIFF")
+    tags = struct.unpack("<I", file.getvalue()[4:8])[0]
+    next_page = tags + 2 + 12 * struct.unpack("<H", file.getvalue()[tags:tags + 2])[0]
+    content = bytearray(file.getvalue())
+    content[next_page:next_page + 4] = struct.pack("<I", 5)
+    (folder / "page.tiff").write_bytes(content)
+    assert len(loaded(folder)) == 9
+    assert "warning" not in capfd.readouterr().err
 
 
 def test_an_image_that_cannot_be_read_today_is_not_left_out_for_ever(folder, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_unet, tiny
+from helpers import SHORT, latest, random_unet, succeeded, tiny, train
 from torch import nn
 
 from config import PRESETS, Config
@@ -66,6 +66,15 @@ def test_float64_is_a_default_like_any_other():
         torch.set_default_dtype(torch.float32)
     loss.backward()
     assert loss.item() == pytest.approx(1, abs=0.3)
+
+
+def test_a_run_in_float64(pictures, tmp_path):
+    torch.set_default_dtype(torch.float64)
+    try:
+        succeeded(train(tmp_path / "run", SHORT, pictures))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert latest(tmp_path / "run")["model"]["conv_in.weight"].dtype == torch.float64
 
 
 # The start

@@ -41,7 +41,7 @@ from helpers import (
 import train as train_module
 from utils import device
 from utils.cli import UserError
-from utils.process import SIGNALS, Interrupted, StopSignal, run_script
+from utils.process import SIGNALS, Interrupted, StopSignal, run_script, script
 
 # How a script ends
 
@@ -266,6 +266,27 @@ except KeyboardInterrupt:
 finally:
     print("cleaned up")
 """
+
+
+def test_a_thread_undoes_its_own_changes_alone():
+    def within() -> int:
+        stop = StopSignal()
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(script(lambda: StopSignal().number)).result(timeout=100) == 0
+        assert signal.getsignal(signal.SIGINT) is stop
+        return 0
+
+    before = changeable()
+    assert script(within)() == 0
+    assert changeable() == before
+
+
+def test_the_random_numbers_of_a_program_are_its_own(pictures, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train_module.main(command(tmp_path / "run", pictures, max_steps=2))
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_main_runs_in_a_thread(pictures, tmp_path):

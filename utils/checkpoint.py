@@ -45,6 +45,7 @@ def load_checkpoint(
         raise UserError(f"{path} does not exist: train first, or name another file")
     if not path.is_file():
         raise UserError(f"{path} is not a file")
+    mmap = mmap and not has_surrogates(path)
     with open(path, "rb") as file:
         if not zipfile.is_zipfile(file):  # which torch.save makes
             raise UserError(f"{path} is truncated, or not a checkpoint of this project")
@@ -68,6 +69,11 @@ def load_checkpoint(
     if not finite:
         raise UserError(f"{path} holds numbers that are not finite: take an earlier checkpoint")
     return content
+
+
+def has_surrogates(path: Path) -> bool:
+    """Whether its name is not text: PyTorch maps no such file into memory."""
+    return any("\ud800" <= letter <= "\udfff" for letter in str(path))
 
 
 def check_crcs(file: BinaryIO, of_tensors: bool) -> None:

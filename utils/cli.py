@@ -38,14 +38,15 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """Write a line on stderr, above the progress bar, in the first of torchrun's processes."""
-    if is_first_process():
+    if is_first_process() and sys.stderr is not None:
         tqdm.write(one_line(f"warning: {text}"), file=sys.stderr)
 
 
 def progress_bar(*arguments: Any, **options: Any) -> tqdm:
     """tqdm in the first of torchrun's processes, lively on a terminal and sparing in a log file."""
-    seconds = 0.5 if sys.stderr.isatty() else 30
-    hidden = not is_first_process()
+    is_terminal = getattr(sys.stderr, "isatty", lambda: False)  # a notebook's may have none
+    seconds = 0.5 if is_terminal() else 30
+    hidden = not is_first_process() or sys.stderr is None
     return tqdm(*arguments, mininterval=seconds, disable=hidden, **options)
 
 

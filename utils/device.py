@@ -10,15 +10,16 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from model import without_autocast
 from utils.cli import UserError, brief, under_torchrun, warn
-from utils.process import from_first_process, undo
+from utils.process import from_first_process, undo_later
 
 
 def select_device(name: str) -> torch.device:
@@ -56,10 +57,10 @@ def select_device(name: str) -> torch.device:
 
 def set_up_cuda(device: torch.device) -> None:
     cudnn, attention = torch.backends.cudnn, torch.backends.cuda
-    undo.callback(torch.cuda.set_device, torch.cuda.current_device())
-    undo.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
-    undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-    undo.callback(attention.enable_cudnn_sdp, attention.cudnn_sdp_enabled())
+    undo_later(torch.cuda.set_device, torch.cuda.current_device())
+    undo_later(setattr, cudnn, "benchmark", cudnn.benchmark)
+    undo_later(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    undo_later(attention.enable_cudnn_sdp, attention.cudnn_sdp_enabled())
     torch.cuda.set_device(device)
     cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have by default
@@ -125,7 +126,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     too, although none is taken of them.
     """
     if precision == "fp32":
-        return nullcontext()
+        return without_autocast(device)
     return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,7 +26,10 @@ BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 CACHE_FORMAT = b"2"
 AT_A_TIME = 256  # pictures
 FEW_LEVELS = 32
-NOT_READ = (".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg")  # but pictures
+NOT_READ = (  # but pictures
+    ".apng", ".arw", ".avif", ".cr2", ".dib", ".dng", ".exr", ".heic", ".heif", ".ico", ".j2k",
+    ".jp2", ".jpe", ".jpx", ".jxl", ".mpo", ".nef", ".pbm", ".pcx", ".pnm", ".psd", ".svg", ".tga")
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
 def load_folder(folder: Path, data_dir: Path, size: int, channels: int) -> np.ndarray:
@@ -111,8 +115,8 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a system or an editor keeps it for itself: copies, thumbnails, macOS's ._ files."""
-    return name.startswith(".") or name == "__MACOSX"
+    """Whether a system or an editor keeps it for itself: copies, thumbnails, the waste."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def raise_error(error: OSError) -> NoReturn:
@@ -145,9 +149,10 @@ def decode_folder(paths: list[Path], cache: Path, size: int, channels: int) -> N
         content = path.read_bytes()
         try:
             with Image.open(io.BytesIO(content)) as image:
-                # A photograph of a telephone may hold a second picture, and is one all the same.
-                if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                    of_several.append(path)
+                with suppress(Exception):  # the pages after the first may be damaged
+                    # A telephone's photograph (MPO) may hold a second one, and is one all the same.
+                    if image.n_frames > 1 and image.format != "MPO":
+                        of_several.append(path)
                 if is_deep(image):
                     values = values_of_16_bits(image, image)
                     extremes.append((values.min(), values.max()))
@@ -193,7 +198,9 @@ def to_square(image: Image.Image, size: int, channels: int) -> np.ndarray:
 
     It is turned upright, put on white if it is transparent, resized and centre-cropped.
     """
-    original, image = image, ImageOps.exif_transpose(image)
+    original = image
+    with suppress(Exception):  # what is said of the picture may be damaged, and the picture whole
+        image = ImageOps.exif_transpose(image)
     if is_deep(image):
         values = values_of_16_bits(image, original)
         transparent_value = original.info.get("transparency")

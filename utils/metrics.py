@@ -27,9 +27,10 @@ class Metrics:
         self.timesteps = timesteps
         # Views of one tensor, which processes add up and checkpoints hold.  losses and images are
         # by quarter of t, the lowest first.
-        self.sums = torch.zeros(10, device=device)
+        self.sums = torch.zeros(10, dtype=torch.float32, device=device)
         self.steps, self.grad_norm, self.losses, self.images = self.sums.split([1, 1, 4, 4])
-        self.smoothed = torch.zeros((), device=device)  # loss, for the progress bar
+        # The loss, for the progress bar
+        self.smoothed = torch.zeros((), dtype=torch.float32, device=device)
         self.added = 0
 
     def start_clock(self, images_seen: int) -> None:

@@ -23,17 +23,23 @@ from utils.cli import UserError, brief, is_first_process, one_line, under_torchr
 
 # How a script starts and ends
 
-# It holds how to undo what a script changes of its process.
-undo = ExitStack()
+# What the script that runs in this thread has to undo.
+changes = threading.local()
 
 
 def script(main: Callable[..., int]) -> Callable[..., int]:
     """Have main undo what it changes of the process: a program of one's own may call it."""
     @wraps(main)
     def wrapper(*args: Any) -> int:
-        with undo:
+        with ExitStack() as changes.stack, torch.random.fork_rng(devices=[]):
             return main(*args)
     return wrapper
+
+
+def undo_later(function: Callable, *args: Any) -> None:
+    """Call the function when the script ends; outside of a script, never."""
+    if hasattr(changes, "stack"):
+        changes.stack.callback(function, *args)
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
@@ -117,7 +123,7 @@ def start_processes() -> tuple[int, int]:
             store = dist.PrefixStore(f"restart {restart}", store)
             dist.init_process_group(
                 take_own_gpu(), store=store, rank=rank, world_size=world_size, timeout=patience)
-            undo.callback(leave_processes)
+            undo_later(leave_processes)
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = brief(error)
         raise UserError("the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of "
@@ -200,7 +206,7 @@ def interrupt(number: int, frame: Any) -> NoReturn:
     raise Interrupted(number)
 
 
-def handle(number: int, handler: Any, undo: ExitStack = undo) -> None:
+def handle(number: int, handler: Any, undo_later: Callable = undo_later) -> None:
     """Set the handler, unless who started this process has it ignore the signal, as nohup does.
 
     Python has handlers in its main thread alone.
@@ -208,7 +214,7 @@ def handle(number: int, handler: Any, undo: ExitStack = undo) -> None:
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread and signal.getsignal(number) != signal.SIG_IGN:
         before = signal.signal(number, handler)
-        undo.callback(signal.signal, number, before or signal.SIG_DFL)
+        undo_later(signal.signal, number, before or signal.SIG_DFL)
 
 
 @contextmanager
@@ -216,7 +222,7 @@ def ended_by_signals() -> Iterator[None]:
     """Inside, a signal ends the process: while PyTorch waits for others, no handler would run."""
     with ExitStack() as stack:
         for number in SIGNALS:
-            handle(number, signal.SIG_DFL, stack)
+            handle(number, signal.SIG_DFL, stack.callback)
         yield
 
 
