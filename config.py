@@ -195,7 +195,7 @@ def largest_divisor(number: int, most: int) -> int:
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "dim": 128,
-        "dim_mults": (1, 2, 2, 2),
+        "dim_mults": (1, 2, 2, 2),  # attention is at 16 x 16, and in the middle, at 4 x 4
         "batch_size": 128,
         "epochs": 2048,
         "save_every": 100,
