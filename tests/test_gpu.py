@@ -1,4 +1,4 @@
-"""On a CUDA GPU: pytest -m gpu.  What can run on a CPU does so too, among the other tests.
+"""On a CUDA GPU: pytest -m "gpu and not slow".  What can run on a CPU does, among the other tests.
 
 On a GPU a repeated run differs by rounding, so gradients and images are compared, not bits.
 """
@@ -99,24 +99,33 @@ def norm(tensors: list[Tensor]) -> float:
 ROUNDING = {"fp32": 0.005, "bf16": 0.03, "fp16": 0.005}  # fp32 is TF32 on a GPU
 
 
-@pytest.mark.parametrize(("device", "config", "precision", "compile"), [
-    ("cpu", TINY, "fp32", "off"),
-    ("cpu", TINY, "bf16", "off"),
-    ("cpu", TINY, "fp16", "off"),
-    pytest.param("cpu", ONE_LEVEL, "bf16", "on", marks=pytest.mark.slow),
-    pytest.param("cuda", TINY, "fp32", "off", marks=GPU),
-    pytest.param("cuda", PAPER, "fp32", "off", marks=GPU),
-    pytest.param("cuda", PAPER, "bf16", "off", marks=GPU),
-    pytest.param("cuda", PAPER, "fp16", "off", marks=GPU),
-    pytest.param("cuda", DEFAULT, "bf16", "off", marks=GPU),
-    pytest.param("cuda", TINY, "fp32", "on", marks=GPU),
-    pytest.param("cuda", DEFAULT, "bf16", "on", marks=GPU),
+@pytest.mark.parametrize(("device", "config", "precision"), [
+    ("cpu", TINY, "fp32"),
+    ("cpu", TINY, "bf16"),
+    ("cpu", TINY, "fp16"),
+    pytest.param("cuda", TINY, "fp32", marks=GPU),
+    pytest.param("cuda", PAPER, "fp32", marks=GPU),
+    pytest.param("cuda", PAPER, "bf16", marks=GPU),
+    pytest.param("cuda", PAPER, "fp16", marks=GPU),
+    pytest.param("cuda", DEFAULT, "bf16", marks=GPU),
 ])
-def test_the_gradient_is_that_of_fp32_on_a_cpu(device, config, precision, compile, capsys):
-    expected_losses, expected = gradients(config, torch.device("cpu"), "fp32")
-    device = select_device(device)
-    losses, found = gradients(config, device, precision, compile)
+def test_the_gradient_is_that_of_fp32_on_a_cpu(device, config, precision):
+    compare_gradients(device, config, precision, "off")
+
+
+@pytest.mark.parametrize(("device", "config", "precision"), [
+    pytest.param("cpu", ONE_LEVEL, "bf16", marks=pytest.mark.slow),
+    pytest.param("cuda", TINY, "fp32", marks=GPU),
+    pytest.param("cuda", DEFAULT, "bf16", marks=GPU),
+])
+def test_the_gradient_of_a_compiled_network_too(device, config, precision, capsys):
+    compare_gradients(device, config, precision, "on")
     assert "failed" not in capsys.readouterr().err
+
+
+def compare_gradients(device: str, config: Config, precision: str, compile: str) -> None:
+    expected_losses, expected = gradients(config, torch.device("cpu"), "fp32")
+    losses, found = gradients(config, select_device(device), precision, compile)
     rounding = ROUNDING[precision]
     torch.testing.assert_close(losses, expected_losses, rtol=rounding, atol=0)
     differences = [a - b for a, b in zip(found, expected, strict=True)]
@@ -316,7 +325,7 @@ def test_too_large_a_batch_is_one_line(device, pictures, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
-def test_16_bits_and_compiling_pay(device):
+def test_16_bits_are_faster_and_compiled_ones_more_so(device):
     speed = {}
     for precision, compile in (("fp32", "off"), ("bf16", "off"), ("bf16", "on")):
         config = Config(**{**PRESETS["paper"], "device": device, "precision": precision,
