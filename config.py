@@ -91,7 +91,7 @@ class Config:
     sample_every: int = setting(1000, "steps between sample grids (0: none)")
     sample_steps: int = setting(50, "network evaluations per image in those grids", 1)
     num_samples: int = setting(16, "images in a grid", 1, 1e6)
-    save_every: int = setting(10, "epochs between kept checkpoints, 20 at most (0: the final one)")
+    save_every: int = setting(10, "epochs between kept checkpoints, about 20 (0: the final one)")
     save_minutes: float = setting(5.0, "minutes between saves of latest.pth (0: every step)")
 
     def __post_init__(self) -> None:

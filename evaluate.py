@@ -267,7 +267,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if under_torchrun():
-        raise UserError("evaluate.py runs in one process: start it with python, not torchrun")
+        raise UserError("evaluate.py runs in one process: without torchrun, RANK and WORLD_SIZE")
     if args.json:
         make_writable(args.json)
     sampler = Sampler(args)
@@ -278,11 +278,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     result = METRICS[args.metric](sampler, data, args)
-    fields = {
-        "metric": args.metric,
-        "checkpoint": str(sampler.path),
-        "step": sampler.training_steps,
-    }
+    fields = {"metric": args.metric}
+    if not args.images:  # which say themselves what they were sampled by
+        fields.update(checkpoint=str(sampler.path), step=sampler.training_steps)
     for name, value in result.items():
         fields[name] = float(f"{value:.6g}") if isinstance(value, float) else value
     for name, value in fields.items():

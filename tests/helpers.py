@@ -93,7 +93,8 @@ def called(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
     """
     main = importlib.import_module(name.removesuffix(".py")).main
     out, err = io.StringIO(), io.StringIO()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1,
+               signal.SIGUSR2)
     handlers = {number: signal.getsignal(number) for number in numbers}
     before = Path.cwd()
     os.chdir(cwd)

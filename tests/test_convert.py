@@ -123,6 +123,18 @@ def test_a_folder_laid_out_like_google_ddpm_cifar10_32(suffix, names, tmp_path):
     assert got.norm_groups == 4
 
 
+def test_halved_weights_alone_and_a_scheduler_below(tmp_path):
+    model = random_unet(tiny())
+    folder = exported(model, tiny(), tmp_path)
+    unet = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+    unet.half().save_pretrained(tmp_path / "other", variant="fp16")
+    shutil.copytree(folder / "scheduler", tmp_path / "other/scheduler")
+    succeeded(from_diffusers(tmp_path, "other"))
+    content = load_checkpoint(tmp_path / "back.pth")
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(content["ema"][key].float(), tensor, rtol=1e-3, atol=1e-4)
+
+
 # Refusals
 
 UNET = "unet/config.json"

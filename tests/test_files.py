@@ -1,6 +1,10 @@
 """utils/files.py: what cannot be written is said before the work, and nothing half-done is left."""
 
+import errno
+import io
+import os
 import resource
+from contextlib import nullcontext
 
 import pytest
 from helpers import (
@@ -16,6 +20,8 @@ from helpers import (
     train,
 )
 
+from utils.checkpoint import save_checkpoint
+
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--npz", "."], "Is a directory"),
@@ -29,6 +35,28 @@ def test_what_cannot_be_written_is_said_before_the_work(arguments, said, checkpo
     line = ["--checkpoint", str(checkpoint), "--num_samples", "1", *arguments]
     refused(called("inference.py", *line, cwd=tmp_path), 1, said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "kept.pth"]
+
+
+def test_what_is_no_file_is_let_alone_and_a_link_stays_one(checkpoint, tmp_path):
+    line = ["--checkpoint", str(checkpoint), "--num_samples", "1", "--npz"]
+    os.mkfifo(tmp_path / "pipe")
+    refused(called("inference.py", *line, "pipe", cwd=tmp_path), 1, "pipe: Is a device")
+    assert not (tmp_path / "pipe").is_file()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.npz").symlink_to(tmp_path / "disk/x.npz")
+    succeeded(called("inference.py", *line, "link.npz", cwd=tmp_path))
+    assert (tmp_path / "link.npz").is_symlink()
+    assert (tmp_path / "disk/x.npz").stat().st_size > 100
+
+
+def test_the_reason_of_a_failed_save_is_told(tmp_path):
+    class Full(io.BytesIO):
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("utils.checkpoint.atomic_write", lambda path: nullcontext(Full()))
+        save_checkpoint({"step": 1}, tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("path", ["", ".", "file/x.json"])

@@ -148,7 +148,7 @@ def test_a_full_disk_behind_the_output_costs_nothing(pictures, tmp_path):
 
 # Signals
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_the_closed_terminal_and_slurms_warning_save(number, pictures, tmp_path):
     run = tmp_path / "run"
     process = begin_training(run, ENDLESS, pictures)
@@ -296,6 +296,21 @@ def test_main_runs_in_a_thread(pictures, tmp_path):
         assert pool.submit(train_module.main, line).result(timeout=100) == 0
     assert latest(tmp_path / "run")["step"] == 2
     assert changeable() == before
+
+
+def test_a_second_signal_of_torchrun_is_the_first_once_more(monkeypatch):
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    for run_id, statuses in (("1", []), (None, [143])):
+        stop = object.__new__(StopSignal)  # without handlers
+        stop.number = 0
+        if run_id:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+        else:
+            monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        stop(signal.SIGTERM, None)
+        stop(signal.SIGTERM, None)
+        assert ended == statuses
 
 
 # torchrun's variables

@@ -275,6 +275,20 @@ def test_any_other_setting_is_taken_and_said(name, capsys):
     assert f"{name} {getattr(saved, name)} -> {value}" in capsys.readouterr().out
 
 
+def test_the_size_of_the_images_is_what_is_refused():
+    with pytest.raises(UserError, match="image_size 8 -> 16"):
+        resumed(tiny(attn_resolutions=(4,)), image_size=16)
+
+
+def test_epochs_that_are_asked_for_count(pictures, tmp_path):
+    settings = {"max_steps": 3, "batch_size": 5}
+    succeeded(train(tmp_path / "run", RUN, settings, pictures))
+    line = ("--resume", "--run_dir", str(tmp_path / "run"), "--epochs", "4")
+    result = succeeded(called("train.py", *line, cwd=tmp_path))
+    assert "max_steps 3 -> 0" in result.stdout
+    assert latest(tmp_path / "run")["step"] == 8  # of ten pictures
+
+
 def test_a_run_goes_on_with_other_settings(tmp_path):
     settings = {"max_steps": 5, "sample_every": 0}
     succeeded(train(tmp_path / "run", RUN, settings))

@@ -372,6 +372,19 @@ def test_metrics_survive_an_editor(edit, pictures, tmp_path):
     assert path.read_text().startswith("step,epoch,loss,")
 
 
+def test_rows_of_other_programs_and_notes_are_kept(pictures, tmp_path):
+    run = tmp_path / "run"
+    succeeded(train(run, SHORT, pictures))
+    path = run / "metrics.csv"
+    header, *rows = path.read_text().splitlines()
+    rows = [f"{float(row.split(',')[0]):.1f},{row.split(',', 1)[1]}" for row in rows]  # 2.0,...
+    path.write_text("\n".join([header, "a note", *rows, "1.00E+01,0"]) + "\n")
+    succeeded(train(run, SHORT, pictures, "--resume", max_steps=8))
+    lines = path.read_text().splitlines()
+    assert lines[:5] == [header, "a note", *rows]
+    assert [line.split(",")[0] for line in lines[5:]] == ["8"]  # 10 was beyond the checkpoint
+
+
 def test_metrics_removed_during_the_run_come_back_whole(pictures, tmp_path):
     run = tmp_path / "run"
     process = begin_training(run, SHORT, pictures, max_steps=60, sample_every=0)

@@ -222,9 +222,8 @@ def from_diffusers(folder: Path, path: Path, diffusers: ModuleType) -> None:
         raise UserError(f"{path} exists: choose another name")
     if not folder.is_dir():  # diffusers would look for that name on the Hub
         raise UserError(f"{folder} is not a folder")
-    unet_folder = scheduler_folder = folder
-    if (folder / "unet").is_dir():
-        unet_folder, scheduler_folder = folder / "unet", folder / "scheduler"
+    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     unet = read_settings(diffusers.UNet2DModel, unet_folder)
     scheduler = read_settings(diffusers.DDPMScheduler, scheduler_folder)
     try:
@@ -246,9 +245,11 @@ def from_diffusers(folder: Path, path: Path, diffusers: ModuleType) -> None:
 
 def read_weights(folder: Path, diffusers: ModuleType) -> dict[str, torch.Tensor]:
     """The weights of the UNet2DModel in the folder.  Raises UserError if one is missing."""
+    has_whole_weights = any(folder.glob("diffusion_pytorch_model.[bs]*"))
+    variant = None if has_whole_weights else "fp16"  # a folder may hold the halved ones alone
     try:
         unet, problems = diffusers.UNet2DModel.from_pretrained(
-            str(folder), output_loading_info=True, local_files_only=True)
+            str(folder), output_loading_info=True, local_files_only=True, variant=variant)
     except Exception as error:  # of what a damaged file may raise there is no list
         raise UserError(f"{folder}: its weights cannot be read: {brief(error)}") from error
     if any(problems.values()):  # diffusers fills what is missing with random numbers

@@ -31,6 +31,8 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # torch's word for a failed write
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
             raise OSError(errno.EIO, brief(error)) from error
 
 

@@ -121,9 +121,14 @@ class CommandLine(argparse.ArgumentParser):
         (group or self).add_argument(f"--{name}", **{**known, **options})
 
     def given_settings(self, args: argparse.Namespace) -> dict[str, Any]:
-        """The fields of Config that flags name."""
-        names = {f.name for f in fields(Config)}
-        return {name: value for name, value in vars(args).items() if name in names}
+        """The fields of Config that flags name; --epochs counts, whatever a preset has."""
+        given = {}
+        for name, value in vars(args).items():
+            if name in Config.__dataclass_fields__:
+                given[name] = tuple(value) if isinstance(value, list) else value
+        if "epochs" in given:
+            given.setdefault("max_steps", 0)
+        return given
 
     def settings_with_preset(self, args: argparse.Namespace) -> dict[str, Any]:
         """The fields of Config that the preset or a flag names."""

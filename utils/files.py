@@ -27,16 +27,17 @@ def temporary_name(path: Path) -> Path:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file that becomes path only when it is complete and on the disk; its folder is made.
 
-    After an error, or a power cut, path is as it was.
+    After an error, or a power cut, path is as it was.  A link stays one, and its target is written.
     """
-    temporary = temporary_name(path)
+    target = path.resolve()
+    temporary = temporary_name(target)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
@@ -62,6 +63,8 @@ def make_writable(path: Path) -> None:
     """Make the folder of a file that will be written, and try it; else OSError, before the work."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "Is a device", str(path))
     if path.suffix == ".pth" and path.exists():
         raise FileExistsError(errno.EEXIST, "Is a checkpoint", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -102,17 +102,22 @@ class MetricsFile:
 
 
 def read_rows(path: Path, step: int) -> list[str]:
-    """The header and the rows up to step: a resumed run writes those after it again.
+    """The header and the lines but for rows beyond step: a resumed run writes those again.
 
     Raises UserError if the file has other columns.
     """
     header, *lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines() or [""]
     if header != ",".join(COLUMNS):
         raise UserError(f"{path} is not as this project writes it: move it away")
-    steps = [line.split(",")[0] for line in lines]
-    kept = [line for line, number in zip(lines, steps, strict=True)
-            if number.isdecimal() and int(number) <= step]
-    return [header, *kept]
+    return [header, *(line for line in lines if not is_beyond(line, step))]
+
+
+def is_beyond(line: str, step: int) -> bool:
+    """Whether it is the row of a later step, whatever program has saved it: 12, 12.0, 1.2E+01."""
+    try:
+        return float(line.split(",")[0]) > step
+    except ValueError:
+        return False  # a note of the user's
 
 
 def open_tensorboard(run_dir: Path, step: int) -> Any:

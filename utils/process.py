@@ -196,8 +196,8 @@ def status_of(interruption: KeyboardInterrupt | Interrupted) -> int:
     return 128 + getattr(interruption, "number", signal.SIGINT)
 
 
-# The machine goes down, the terminal is closed, SLURM warns of the end.  Windows has the first.
-END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1")
+# The machine goes down, the terminal is closed, a cluster warns of the end.  Windows has the first.
+END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
                if hasattr(signal, name)]
 SIGNALS = [signal.SIGINT, *END_SIGNALS]
 
@@ -240,7 +240,8 @@ class StopSignal:
 
     def __call__(self, number: int, frame: Any) -> None:
         is_second = self.number > 0 and number in (signal.SIGINT, signal.SIGTERM)
-        if is_second and not dist.is_initialized():
+        of_torchrun = dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ
+        if is_second and not of_torchrun:
             os._exit(128 + number)
         self.number = number
 

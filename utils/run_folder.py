@@ -144,19 +144,21 @@ class RunFolder:
         if self.is_new:
             return None
         saved = read_config({"config": self.saved_config}, self.latest)
+        before = asdict(saved)
+        if refused := [f"{name} {before[name]} -> {given[name]}" for name in FIXED
+                       if name in given and given[name] != before[name]]:
+            raise UserError("the checkpoint is of another network or diffusion: "
+                            f"{'; '.join(refused)}; leave these flags out, or choose another "
+                            "--run_dir")
         try:
             config = Config(**{**asdict(saved), **given, "run_dir": str(self.folder)})
         except ValueError as error:
             raise UserError(f"with the settings of the checkpoint, {error}") from error
-        before, after = asdict(saved), asdict(config)
-        changes = {name: f"{name} {before[name]} -> {after[name]}" for name in before
-                   if before[name] != after[name] and name != "run_dir"}
-        if refused := [changes[name] for name in changes if name in FIXED]:
-            raise UserError("the checkpoint is of another network or diffusion: "
-                            f"{'; '.join(refused)}; leave these flags out, or choose another "
-                            "--run_dir")
+        after = asdict(config)
+        changes = [f"{name} {before[name]} -> {after[name]}" for name in before
+                   if before[name] != after[name] and name != "run_dir"]
         if changes:
-            say(f"resuming with changed settings: {'; '.join(changes.values())}")
+            say(f"resuming with changed settings: {'; '.join(changes)}")
         return config
 
     def restore(self, config: Config, state: State) -> None:
