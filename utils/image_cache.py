@@ -138,10 +138,11 @@ def read_cache(
 
 
 def decode_folder(paths: list[Path], cache: Path, size: int, channels: int) -> None:
-    """Write to cache the images of paths, a byte for each path, 1 if it could be read, and the
-    least and largest value of those of 16 bits, if there are any.  Name those not read.
+    """Write the images of paths to cache, and name those that cannot be read.
 
-    Raises OSError if a file cannot be opened: unlike damage that may pass, so no cache is made.
+    After the pixels come a byte per path, 1 if it could be read, and the least and largest value
+    of the pictures of 16 bits.  Raises OSError if a file cannot be opened: unlike damage that may
+    pass, so no cache is made.
     """
     problems, of_several, extremes = [], [], [(65535, 0)]
 
@@ -150,7 +151,7 @@ def decode_folder(paths: list[Path], cache: Path, size: int, channels: int) -> N
         try:
             with Image.open(io.BytesIO(content)) as image:
                 with suppress(Exception):  # the pages after the first may be damaged
-                    # A telephone's photograph (MPO) may hold a second one, and is one all the same.
+                    # A phone's photo (MPO) may hold a second one, and is one picture all the same.
                     if image.n_frames > 1 and image.format != "MPO":
                         of_several.append(path)
                 if is_deep(image):
