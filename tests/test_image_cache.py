@@ -40,6 +40,19 @@ def damage(folder: Path) -> None:
     (folder / "half.jpg").write_bytes((folder / "a/y.JPG").read_bytes()[:200])
 
 
+def forbid(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the folder, and refuse to list it, to root too."""
+    folder.mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path) == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refusing)
+
+
 def test_a_folder_nested_and_of_any_format(folder):
     images = loaded(folder)
     assert images.shape == (7, 3, 8, 8)
@@ -205,15 +218,7 @@ def test_no_more_is_decoded_ahead_than_fits_into_memory(tmp_path, monkeypatch):
 
 
 def test_folders_of_the_system_need_not_be_readable(folder, monkeypatch):
-    scandir = os.scandir
-    (folder / "lost+found").mkdir()
-
-    def refusing(path):
-        if Path(path).name == "lost+found":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr("os.scandir", refusing)
+    forbid(folder / "lost+found", monkeypatch)
     assert len(loaded(folder)) == 7
 
 
@@ -265,15 +270,7 @@ def test_a_folder_without_images_is_refused(name, word, tmp_path):
 
 
 def test_a_sub_folder_that_cannot_be_read_is_not_left_out_without_a_word(folder, monkeypatch):
-    scandir = os.scandir
-    (folder / "locked").mkdir()
-
-    def refusing(path):
-        if Path(path).name == "locked":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr("os.scandir", refusing)
+    forbid(folder / "locked", monkeypatch)
     with pytest.raises(PermissionError, match="locked"):
         loaded(folder)
 

@@ -151,7 +151,7 @@ class RunFolder:
                             f"{'; '.join(refused)}; leave these flags out, or choose another "
                             "--run_dir")
         try:
-            config = Config(**{**asdict(saved), **given, "run_dir": str(self.folder)})
+            config = Config(**{**before, **given, "run_dir": str(self.folder)})
         except ValueError as error:
             raise UserError(f"with the settings of the checkpoint, {error}") from error
         after = asdict(config)
