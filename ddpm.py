@@ -233,7 +233,8 @@ def last_image(loop: Iterator[tuple[int, Tensor]]) -> Tensor:
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Dropout off inside; every submodule's own mode again afterwards, on an exception too."""
     in_training = [m for m in module.modules() if m.training]
-    module.eval()
+    if in_training:  # the walk takes a while, and this is called for each evaluation
+        module.eval()
     try:
         yield
     finally:
