@@ -6,26 +6,10 @@
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import Field, dataclass, field, fields
-from functools import partial
-from numbers import Integral, Real
-from os import PathLike, fspath
+from dataclasses import dataclass, fields
 from typing import Any
 
-
-def setting(
-    default: Any, help: str, least: float = 0, most: float = 1e9, choices: tuple[Any, ...] = (),
-    fixed: bool = False, heading: str = "",
-) -> Any:
-    """Declare a field of Config.  A heading stands above it, and those after it, in --help."""
-    return field(default=default, metadata={
-        "help": help, "least": least, "most": most, "choices": choices, "fixed": fixed,
-        "heading": heading})
-
-
-# Declares a setting that defines the weights or the diffusion: a resumed run cannot change it.
-fixed = partial(setting, fixed=True)
+from utils.settings import checked, fixed, require, setting
 
 
 @dataclass
@@ -97,7 +81,7 @@ class Config:
     def __post_init__(self) -> None:
         is_asked_for = self.attn_resolutions is not Config.attn_resolutions
         for f in fields(self):
-            self.check_field(f)
+            setattr(self, f.name, checked(f, getattr(self, f.name)))
         if self.data == "mnist":
             self.horizontal_flip = False  # a mirrored digit is not a digit
 
@@ -118,35 +102,7 @@ class Config:
         self.require("grad_accum", divides, f"it must divide batch_size={self.batch_size}")
 
     def require(self, name: str, holds: bool, remedy: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}={getattr(self, name)!r} is impossible: {remedy}")
-
-    def check_field(self, f: Field) -> None:
-        """Check one field, and make it what a file can hold: NumPy's numbers become Python's."""
-        value, kind = getattr(self, f.name), type(f.default)
-        least, most = f.metadata["least"], f.metadata["most"]
-        if choices := f.metadata["choices"]:
-            self.require(f.name, value in choices, f"choose from {', '.join(map(str, choices))}")
-            setattr(self, f.name, choices[choices.index(value)])
-        elif kind in (str, bool):
-            kinds = (str, PathLike) if kind is str else bool
-            self.require(f.name, isinstance(value, kinds), f"it must be a {kind.__name__}")
-            # The string itself, also of an Enum, and a path as the system knows it.
-            setattr(self, f.name, str.__str__(fspath(value)) if kind is str else value)
-        else:
-            kinds, plain, word = Integral, int, "whole number"
-            if kind is float:
-                kinds, plain, word = Real, float, "number"
-            if kind is tuple:
-                self.require(f.name, isinstance(value, Iterable), "it must be a list of numbers")
-            numbers = tuple(value) if kind is tuple else (value,)
-            for number in numbers:
-                is_number = isinstance(number, kinds) and not isinstance(number, bool)
-                in_bounds = is_number and least <= plain(number) <= most
-                self.require(f.name, in_bounds,
-                             f"it must be a {word} of at least {least} and at most {most:,.10g}")
-            numbers = tuple(map(plain, numbers))
-            setattr(self, f.name, numbers if kind is tuple else numbers[0])
+        require(name, getattr(self, name), holds, remedy)
 
     def check_levels(self, attention_is_asked_for: bool) -> None:
         """Check that each level can halve the image, and that attention is at a level's size."""

@@ -51,33 +51,22 @@ class Batches:
     ) -> None:
         if images.dtype != np.uint8:
             raise TypeError(f"images are uint8 from 0 to 255, not {images.dtype}")
-        self.images = images
+        self.images = images  # moved to a GPU below if they fit well
         self.seed = config.seed
         self.share = config.batch_size // world_size  # images of this process per step
         self.device = device
         self.rank = rank
-        # On a GPU: as many indices of the stream as an epoch has, and the position of the first.
-        self.order, self.order_start = torch.empty(0), 0
         if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.images = torch.tensor(images, device=device)
 
     def __call__(self, images_seen: int) -> Tensor:
         first = images_seen + self.rank * self.share
-        if isinstance(self.images, Tensor):
-            return to_float(self.images[self.order_on_device(first)])
         indices = data_order(self.seed, first, self.share, len(self.images))
-        batch = torch.from_numpy(np.asarray(self.images[indices]))
-        return to_float(to_device(batch, self.device))
-
-    def order_on_device(self, first: int) -> Tensor:
-        """Image indices [B] at positions first, first + 1, ...: copied once per epoch."""
-        end = self.order_start + len(self.order)
-        if not self.order_start <= first <= end - self.share:
-            count = max(len(self.images), self.share)
-            order = data_order(self.seed, first, count, len(self.images))
-            self.order, self.order_start = to_device(torch.from_numpy(order), self.device), first
-        offset = first - self.order_start
-        return self.order[offset:offset + self.share]
+        if isinstance(self.images, Tensor):
+            batch = self.images[to_device(torch.from_numpy(indices), self.device)]
+        else:
+            batch = to_device(torch.from_numpy(np.asarray(self.images[indices])), self.device)
+        return to_float(batch)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

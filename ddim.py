@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ddpm import DDPM, RandnLike, batch_of, evaluating, last_image
+from ddpm import DDPM, RandnLike, batch_of, last_image
+from utils.modes import evaluating
 
-# The defaults of fewer steps: best where they were measured (docs/speed.md).
+# The defaults of fewer steps: best where they were measured (docs/fewer-steps.md).
 ETA, ORDER, SPACING = 1.0, 2, "quadratic"
 
 
@@ -29,8 +30,7 @@ def ddim_sample_loop(
     Order 1 is DDIM, Eq. 12 and 16: eta 0 draws no noise; eta 1 over all timesteps is Algorithm 2
     with fixed_small.  Order 2 at eta 0 is DPM-Solver++(2M), at eta 1 its SDE variant.
     """
-    abars = [ddpm.alphas_cumprod_float64[t] for t in timesteps]
-    abars.append(1.0)  # x_0 has no noise
+    abars = [ddpm.alphas_cumprod_float64[t] for t in timesteps] + [1.0]  # x_0 has no noise
     pred_x_start_before = None
     for i, t in enumerate(timesteps):
         abar, abar_next = abars[i], abars[i + 1]
@@ -47,8 +47,7 @@ def ddim_sample_loop(
         eps = (x_t - math.sqrt(abar) * x_start) / math.sqrt(1 - abar)
         # At eta 1 it is the variance of q(x_next | x_t, x_0): Eq. 7 for a jump.
         variance = eta**2 * (1 - abar / abar_next) * (1 - abar_next) / (1 - abar)
-        # Rounding could take it below 0.
-        eps_variance = max(0.0, 1 - abar_next - variance)
+        eps_variance = max(0.0, 1 - abar_next - variance)  # rounding could take it below 0
         x_t = math.sqrt(abar_next) * x_start + math.sqrt(eps_variance) * eps
         if variance > 0:
             x_t = x_t + math.sqrt(variance) * randn_like(x_t)
@@ -102,8 +101,7 @@ def sample_loop(
 ) -> Iterator[tuple[int, Tensor]]:
     """From x_t at t_start (T - 1 if None) to x_0: yields (t, x after the step at t).
 
-    It is Algorithm 2 or fewer steps, as is_algorithm_2 says.  Raises ValueError for an impossible
-    argument.
+    Runs Algorithm 2 or fewer steps, as is_algorithm_2 says.  Raises ValueError if neither can.
     """
     num_timesteps = ddpm.timesteps if t_start is None else t_start + 1
     if not 1 <= num_timesteps <= ddpm.timesteps:

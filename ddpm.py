@@ -10,13 +10,13 @@ int64 tensor [B] in 0..T-1.  All but the network calculates in fp32, whatever it
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from utils.modes import evaluating
 
 RandnLike = Callable[[Tensor], Tensor]  # called with x_t -> standard normal noise like it
 
@@ -207,7 +207,8 @@ class DDPM(nn.Module):
 def at(coefficients: Tensor, t: Tensor, x: Tensor) -> Tensor:
     """coefficients [T] at t [B] -> [B, 1, ...], to broadcast against x [B, ...]."""
     shape = [len(t)] + [1] * (x.ndim - 1)
-    return coefficients[t].view(shape)
+    # Not coefficients[t], which takes -1 for T - 1.
+    return coefficients.index_select(0, t).view(shape)
 
 
 def mean_of_each(x: Tensor) -> Tensor:
@@ -227,16 +228,3 @@ def last_image(loop: Iterator[tuple[int, Tensor]]) -> Tensor:
     for _, x in loop:
         pass
     return x
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off inside; every submodule's own mode again afterwards, on an exception too."""
-    in_training = [m for m in module.modules() if m.training]
-    if in_training:  # the walk takes a while, and this is called for each evaluation
-        module.eval()
-    try:
-        yield
-    finally:
-        for m in in_training:
-            m.training = True

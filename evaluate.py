@@ -21,12 +21,13 @@ from torch import Tensor
 
 from config import Config
 from data import DOWNLOADS, load_images, to_float
-from ddpm import DDPM, RandnLike, at, batch_of, evaluating, mean_of_each
+from ddpm import DDPM, RandnLike, at, batch_of, mean_of_each
 from utils.cli import CommandLine, UserError, progress_bar, under_torchrun
 from utils.files import make_writable, write_json
 from utils.image_cache import load_folder, refuse_other_sizes
 from utils.image_folder import read_record
 from utils.inception import Inception
+from utils.modes import evaluating
 from utils.process import run_script, script
 from utils.randomness import ImageNoise, derive_seed
 from utils.sampler import Sampler, add_sampler_flags

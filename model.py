@@ -8,13 +8,13 @@ base width.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from utils.modes import without_autocast
 
 
 class UNet(nn.Module):
@@ -121,13 +121,6 @@ class TimeEmbedding(nn.Module):
         with without_autocast(t.device):
             emb = sinusoid(t, self.dim).to(self.linear1.weight.dtype)
             return self.linear2(F.silu(self.linear1(emb)))
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast off inside, on the kinds of device that have it: what is fp32 stays fp32."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:

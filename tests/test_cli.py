@@ -1,5 +1,6 @@
 """utils/cli.py: --help, and mistakes that are answered in one line."""
 
+import os
 import re
 from types import SimpleNamespace
 
@@ -32,6 +33,11 @@ def test_help_shows_every_setting():
     result = succeeded(called("train.py", "--help", cwd=ROOT))
     for name in Config.__dataclass_fields__:
         assert re.search(rf"--{name}\b", result.stdout), name
+
+
+def test_a_tool_runs_as_a_file_too(tmp_path):
+    without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    succeeded(script("tools/convert.py", "--help", cwd=tmp_path, env=without))
 
 
 # One line

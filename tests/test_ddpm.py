@@ -71,6 +71,13 @@ def test_q_sample_has_the_moments_of_eq_4(t):
     assert x_t.std().item() == pytest.approx(math.sqrt(1 - a), rel=0.01)
 
 
+@pytest.mark.parametrize("t", [-1, 1000])
+def test_a_t_that_is_not_there_is_refused(t):
+    ddpm = DDPM(nn.Identity(), Config())
+    with pytest.raises(IndexError):
+        ddpm.q_sample(torch.zeros(2, 3), torch.tensor([0, t]))
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("t", [1, 7, 29])
 def test_q_posterior_is_bayes_rule(schedule, t):

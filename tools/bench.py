@@ -13,6 +13,7 @@ images are random pixels: what they show does not change the speed.
 
 import math
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +29,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without -m
 
 from config import Config
 from data import Batches

@@ -13,12 +13,15 @@ What the other side cannot express is refused by name.
 
 import inspect
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without -m
 
 from config import Config, level_sizes
 from model import ResBlock, UNet

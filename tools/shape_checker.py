@@ -6,9 +6,12 @@
 It knows nothing of any network.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without -m
 
 from utils.cli import CommandLine, UserError
 from utils.process import run_script

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from model import without_autocast
 from utils.cli import UserError, brief, under_torchrun, warn
+from utils.modes import without_autocast
 from utils.process import from_first_process, undo_later
 
 
