@@ -1,4 +1,4 @@
-"""The settings of a run: default, bounds, help, heading, may a resumed run change it; presets.
+"""Every setting of a run, with its bounds, its help and whether --resume may change it; PRESETS.
 
     Config()                     the default run: CIFAR-10 at 32 x 32
     Config(**PRESETS["paper"])   the CIFAR-10 run of the paper
@@ -75,7 +75,7 @@ class Config:
     sample_every: int = setting(1000, "steps between sample grids (0: none)")
     sample_steps: int = setting(50, "network evaluations per image in those grids", 1)
     num_samples: int = setting(16, "images in a grid", 1, 1e6)
-    save_every: int = setting(10, "epochs between kept checkpoints, about 20 (0: the final one)")
+    save_every: int = setting(10, "epochs between kept checkpoints (about 20 in all; 0: the last)")
     save_minutes: float = setting(5.0, "minutes between saves of latest.pth (0: every step)")
 
     def __post_init__(self) -> None:
@@ -173,5 +173,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sample_steps": 20,
         "save_every": 0,
         "run_dir": "runs/demo",
+    },
+    "mnist": {
+        "data": "mnist",
+        "image_size": 28,
+        "channels": 1,
+        "dim": 32,
+        "dim_mults": (1, 2, 2),
+        "num_res_blocks": 1,
+        "attn_resolutions": (7,),
+        "dropout": 0.0,
+        "timesteps": 250,
+        "learning_rate": 2e-3,
+        "warmup_steps": 0,
+        "max_steps": 5000,
+        "sample_steps": 20,
+        "save_every": 0,
+        "run_dir": "runs/mnist",
     },
 }

@@ -49,8 +49,10 @@ class Batches:
         self, images: np.ndarray, config: Config, device: torch.device, rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if images.dtype != np.uint8:
-            raise TypeError(f"images are uint8 from 0 to 255, not {images.dtype}")
+        shape = (config.channels, config.image_size, config.image_size)
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            raise TypeError(f"images are uint8 [N, {str(shape)[1:-1]}] from 0 to 255, not "
+                            f"{images.dtype} {[*images.shape]}")
         self.images = images  # moved to a GPU below if they fit well
         self.seed = config.seed
         self.share = config.batch_size // world_size  # images of this process per step

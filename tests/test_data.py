@@ -1,5 +1,6 @@
 """data.py: the order of the batches, and every source of images."""
 
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, tiny
+from helpers import ROOT, called, flags, succeeded, tiny
 
 import data
 from data import Batches, data_order, load_images, mirror_half, to_float, to_uint8
@@ -51,15 +52,16 @@ def test_the_order_depends_on_the_seed():
 
 @pytest.fixture
 def counted() -> np.ndarray:
-    """Return eleven images of one pixel, all different."""
-    return np.arange(11, dtype=np.uint8).reshape(11, 1, 1, 1)
+    """Return eleven images, each of another value."""
+    values = np.arange(11, dtype=np.uint8).reshape(11, 1, 1, 1)
+    return np.tile(values, (1, 3, 8, 8))
 
 
 def test_the_batch_of_a_step_is_shared_among_ranks(counted):
     config = tiny(batch_size=6)
     whole = Batches(counted, config, CPU)(5)
     parts = [Batches(counted, config, CPU, rank, 3)(5) for rank in range(3)]
-    assert whole.shape == (6, 1, 1, 1)
+    assert whole.shape == (6, 3, 8, 8)
     assert torch.equal(whole, torch.cat(parts))
 
 
@@ -76,9 +78,13 @@ def test_a_batch_is_the_images_in_their_order(counted):
     assert torch.equal(batch, to_float(torch.from_numpy(expected)))
 
 
-def test_images_of_another_range_are_refused():
-    with pytest.raises(TypeError, match="uint8 from 0 to 255, not float32"):
-        Batches(np.zeros((4, 3, 8, 8), np.float32), tiny(), CPU)
+@pytest.mark.parametrize("images", [
+    np.zeros((4, 3, 8, 8), np.float32),  # another range
+    np.zeros((4, 3, 10, 8), np.uint8),  # another size: the network would train on any
+    np.zeros((4, 8, 8, 3), np.uint8)])
+def test_other_images_than_the_settings_say_are_refused(images):
+    with pytest.raises(TypeError, match="uint8 .N, 3, 8, 8. from 0 to 255, not"):
+        Batches(images, tiny(), CPU)
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (6, 3), (11, 1), (30, 2)])
@@ -194,3 +200,23 @@ def test_a_downloaded_data_set(monkeypatch, tmp_path):
     assert np.array_equal(images, pictures.transpose(0, 3, 1, 2))
     load_images(config, "test")
     assert asked == [(str(tmp_path), True, True), (str(tmp_path), False, True)]
+
+
+def test_the_mnist_preset_trains_on_the_files_of_mnist(tmp_path):
+    raw = tmp_path / "data/MNIST/raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 40), ("t10k", 5)):
+        write_idx(raw / f"{name}-images-idx3-ubyte", rng.integers(0, 256, (count, 28, 28)))
+        write_idx(raw / f"{name}-labels-idx1-ubyte", rng.integers(0, 10, count))
+    line = flags(dim=8, max_steps=2, num_samples=2, sample_steps=2, device="cpu",
+                 precision="fp32")
+    result = succeeded(called("train.py", "--preset", "mnist", *line, cwd=tmp_path))
+    assert "on 40 images of mnist (28 x 28 x 1)" in result.stdout
+    assert (tmp_path / "runs/mnist/checkpoints/final_model.pth").is_file()
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    """Write values in the format that MNIST is published in."""
+    header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+    path.write_bytes(header + values.astype(np.uint8).tobytes())
