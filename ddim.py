@@ -16,7 +16,7 @@ from torch import Tensor
 from ddpm import DDPM, RandnLike, batch_of, last_image
 from utils.modes import evaluating
 
-# The defaults of fewer steps: best where they were measured (docs/fewer-steps.md).
+# The defaults of fewer steps: the best on CIFAR-10 (docs/fewer-steps.md).
 ETA, ORDER, SPACING = 1.0, 2, "quadratic"
 
 
@@ -75,7 +75,7 @@ def half_log_snr(abar: float) -> float:
 def spaced_timesteps(T: int, S: int, spacing: str = SPACING) -> list[int]:
     """S distinct timesteps falling from T - 1 to about T / S, or if quadratic to T / S^2.
 
-    Of T = 1000, S = 5: 999, 639, 359, 159, 39 (quadratic) or 999, 799, 599, 399, 199 (uniform).
+    For T = 1000, S = 5: 999, 639, 359, 159, 39 (quadratic) or 999, 799, 599, 399, 199 (uniform).
     Raises ValueError if S is not in 1..T, or for another spacing.
     """
     if not 1 <= S <= T:

@@ -5,7 +5,7 @@
     x_0 = ddpm.sample(torch.randn(16, 3, 32, 32))       # Algorithm 2
 
 x_start, x_t and noise are float tensors [B, ...], here images [B, C, H, W] in [-1, 1]; t is an
-int64 tensor [B] in 0..T-1.  All but the network calculates in fp32, whatever its precision.
+int64 tensor [B] in 0..T-1.  Everything but the network is calculated in fp32.
 """
 
 import math
@@ -56,7 +56,7 @@ class DDPM(nn.Module):
     """The diffusion around a network model(x_t, t) -> predicted noise.
 
     t is 0-based: x_t at t = 0 has taken one step of noise; x_start, the paper's x_0, has none.
-    Sampling switches dropout off in an nn.Module alone: wrap a network in one, not in a function.
+    Sampling can switch dropout off only in an nn.Module: wrap a network in one, not in a function.
     """
 
     def __init__(self, model: Callable[[Tensor, Tensor], Tensor], config: Config) -> None:
@@ -195,7 +195,7 @@ class DDPM(nn.Module):
         """Algorithm 2 from x_t at t_start (T - 1 if None): yields (t, x after the step at t)."""
         t_start = self.timesteps - 1 if t_start is None else t_start
         for t in range(t_start, -1, -1):
-            with evaluating(self):  # not around the yield, at which a loop may be left for good
+            with evaluating(self):  # not around the yield, after which nobody may go on
                 x_t = self.p_sample(x_t, batch_of(t, x_t), randn_like(x_t))
             yield t, x_t
 

@@ -287,8 +287,8 @@ def main(argv: list[str] | None = None) -> int:
     usage = "python train.py [--preset NAME] [--resume] [--SETTING VALUE ...]"
     parser = CommandLine(__doc__, usage)
     parser.add_argument("--resume", action="store_true",
-                        help="go on from latest.pth, or start: with its settings, also the "
-                             "precision that auto took, and the flags given (but no preset's)")
+                        help="go on from latest.pth, if there is one: with its settings, also the "
+                             "precision that auto took, but for the flags given (no preset's)")
     parser.add_argument("--tensorboard", action="store_true",
                         help="write the metrics to run_dir/tensorboard too")
     parser.add_settings()
