@@ -95,6 +95,7 @@ def test_digits_are_never_mirrored():  # a flip is right for photographs and wro
     ("dim", 7, "even"),
     ("dim", 2, "4"),
     ("dim", "64", "whole number"),
+    ("num_res_blocks", True, "whole number"),
     ("dim_mults", (), "1 2 4 8"),
     ("dim_mults", 2, "list"),
     ("attn_resolutions", None, "list"),
