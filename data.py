@@ -49,9 +49,9 @@ class Batches:
         self, images: np.ndarray, config: Config, device: torch.device, rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        shape = (config.channels, config.image_size, config.image_size)
-        if images.dtype != np.uint8 or images.shape[1:] != shape:
-            raise TypeError(f"images are uint8 [N, {str(shape)[1:-1]}] from 0 to 255, not "
+        channels, size = config.channels, config.image_size
+        if images.dtype != np.uint8 or images.shape[1:] != (channels, size, size):
+            raise TypeError(f"images are uint8 [N, {channels}, {size}, {size}] from 0 to 255, not "
                             f"{images.dtype} {[*images.shape]}")
         self.images = images  # moved to a GPU below if they fit well
         self.seed = config.seed
@@ -65,10 +65,10 @@ class Batches:
         first = images_seen + self.rank * self.share
         indices = data_order(self.seed, first, self.share, len(self.images))
         if isinstance(self.images, Tensor):
-            batch = self.images[to_device(torch.from_numpy(indices), self.device)]
-        else:
-            batch = to_device(torch.from_numpy(np.asarray(self.images[indices])), self.device)
-        return to_float(batch)
+            indices_on_device = to_device(torch.from_numpy(indices), self.device)
+            return to_float(self.images[indices_on_device])
+        batch = torch.from_numpy(np.asarray(self.images[indices]))
+        return to_float(to_device(batch, self.device))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

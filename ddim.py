@@ -101,7 +101,7 @@ def sample_loop(
 ) -> Iterator[tuple[int, Tensor]]:
     """From x_t at t_start (T - 1 if None) to x_0: yields (t, x after the step at t).
 
-    Runs Algorithm 2 or fewer steps, as is_algorithm_2 says.  Raises ValueError if neither can.
+    It is Algorithm 2 or fewer steps (is_algorithm_2).  An impossible argument raises ValueError.
     """
     num_timesteps = ddpm.timesteps if t_start is None else t_start + 1
     if not 1 <= num_timesteps <= ddpm.timesteps:

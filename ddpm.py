@@ -195,7 +195,7 @@ class DDPM(nn.Module):
         """Algorithm 2 from x_t at t_start (T - 1 if None): yields (t, x after the step at t)."""
         t_start = self.timesteps - 1 if t_start is None else t_start
         for t in range(t_start, -1, -1):
-            with evaluating(self):  # not around the yield, after which nobody may go on
+            with evaluating(self):  # not around the yield: a caller may stop there for good
                 x_t = self.p_sample(x_t, batch_of(t, x_t), randn_like(x_t))
             yield t, x_t
 

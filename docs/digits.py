@@ -43,7 +43,7 @@ class Classifier(nn.Module):
 
 
 def learn(images: Tensor, labels: Tensor) -> Classifier:
-    """The classifier of images uint8 [N, 1, 28, 28]."""
+    """Train a classifier on images uint8 [N, 1, 28, 28] and their labels [N]."""
     classifier = Classifier(classes=int(labels.max()) + 1)
     optimizer = torch.optim.Adam(classifier.parameters(), 1e-3)
     for _ in range(EPOCHS):
@@ -57,12 +57,14 @@ def learn(images: Tensor, labels: Tensor) -> Classifier:
 
 @torch.no_grad()
 def features_of(classifier: Classifier, images: Tensor) -> Tensor:
+    """The features [N, 128] of images uint8 [N, 1, 28, 28]."""
     parts = [classifier.features(to_float(part)) for part in images.split(500)]
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def share_sure(classifier: Classifier, features: Tensor) -> float:
+    """The share of the features [N, 128] for which one digit has more than 90 %."""
     probabilities = classifier.last(features).softmax(dim=1)
     return (probabilities.amax(dim=1) > 0.9).float().mean().item()
 
