@@ -160,7 +160,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "data": "shapes",
         "image_size": 16,
-        "dim": 40,
+        "dim": 32,
         "dim_mults": (1, 2, 2),
         "num_res_blocks": 1,
         "attn_resolutions": (8,),
@@ -170,6 +170,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
         "warmup_steps": 0,
         "max_steps": 3000,
+        "sample_every": 500,
         "sample_steps": 20,
         "save_every": 0,
         "run_dir": "runs/demo",
