@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT, called, refused, script, succeeded
 
 from config import Config
-from utils.cli import progress_bar, warn
+from utils.cli import brief, progress_bar, warn
 
 # Streams of a notebook, or none
 
@@ -68,3 +68,8 @@ def test_a_warning_is_one_line(capfd):
 def test_the_real_script_refuses_with_one_line_and_its_status(tmp_path):
     result = script("inference.py", "--checkpoint", "none.pth", cwd=tmp_path)
     refused(result, 1, "inference.py: error:", "none.pth")
+
+
+def test_what_is_cut_short_says_so():
+    assert brief("a b") == "a b"
+    assert brief("x" * 201) == "x" * 200 + " ..."

@@ -97,6 +97,7 @@ def test_four_processes_write_the_same_files_as_one(checkpoint, tmp_path):
     process = begin(torchrun("inference.py", *shared, processes=4), tmp_path)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
+    assert "share of process 0:" in err  # not all five
     assert len(pngs(tmp_path / "four")) == 5
     assert pngs(tmp_path / "one") == pngs(tmp_path / "four")
 

@@ -58,7 +58,8 @@ def one_line(message: Any) -> str:
 
 def brief(error: Any) -> str:
     """The beginning of what a library says was wrong."""
-    return one_line(error)[:200]
+    text = one_line(error)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 class CommandLine(argparse.ArgumentParser):

@@ -20,7 +20,7 @@ from data import to_uint8
 from ddim import ETA, ORDER, SPACING
 from ddpm import DDPM, RandnLike
 from utils.checkpoint import load_network, network_digest, newest_checkpoint
-from utils.cli import CommandLine, UserError, progress_bar
+from utils.cli import CommandLine, UserError, progress_bar, under_torchrun
 from utils.device import autocast, maybe_compile, memory_format, select_device, select_precision
 from utils.randomness import ImageNoise
 
@@ -126,7 +126,9 @@ class Sampler:
         Image i is drawn from (seed, i) alone.
         """
         evaluations = len(indices) * self.steps
-        with progress_bar(total=evaluations, unit=" evaluations", unit_scale=True) as bar:
+        name = "share of process 0" if under_torchrun() else None
+        bar = progress_bar(desc=name, total=evaluations, unit=" evaluations", unit_scale=True)
+        with bar:
             for first in range(0, len(indices), self.batch_size):
                 batch = indices[first:first + self.batch_size]
                 randn_like = self.noise(self.seed, self.filled_up(batch))
