@@ -79,7 +79,7 @@ class Config:
     save_minutes: float = setting(5.0, "minutes between saves of latest.pth (0: every step)")
 
     def __post_init__(self) -> None:
-        is_asked_for = self.attn_resolutions is not Config.attn_resolutions
+        is_asked_for = self.attn_resolutions is not Config.attn_resolutions  # also if equal
         for f in fields(self):
             setattr(self, f.name, checked(f, getattr(self, f.name)))
         if self.data == "mnist":
